@@ -1,0 +1,219 @@
+"""One transformer block for every family, switched by the configuration.
+
+Shapes: B batch, T new tokens, S stored and new tokens, D width, H query heads, G key/value heads, K head_dim.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .cache import RecurrentDepthCache
+from .configuration import RecurrentDepthConfig
+
+
+@dataclass
+class PassContext:
+    """What every layer of one forward pass shares."""
+
+    masks: dict[str, torch.Tensor | None]  # by layer type
+    rotations: dict[str, tuple[torch.Tensor, torch.Tensor]]  # by layer type: cos and sin, [B, T, K/2] in fp32
+    cache: RecurrentDepthCache | None
+    position_ids: torch.Tensor  # [B, T]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, normalised in fp32 (Zhang and Sennrich 2019), with Gemma's (1 + w) as a switch."""
+
+    def __init__(self, width: int, config: RecurrentDepthConfig) -> None:
+        super().__init__()
+        self.eps = config.norm_eps
+        self.one_plus = config.norm_weight == "one_plus"
+        self.weight = nn.Parameter(torch.zeros(width) if self.one_plus else torch.ones(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed = x.float()
+        normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + self.eps)
+        if self.one_plus:
+            return (normed * (1.0 + self.weight.float())).to(x.dtype)
+        return normed.to(x.dtype) * self.weight
+
+
+def rotations(
+    config: RecurrentDepthConfig, position_ids: torch.Tensor, layer_type: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of the rotary angles (Su et al. 2021), each `[B, T, K/2]` in fp32."""
+    assert config.rope_parameters is not None and config.head_dim is not None
+    nested = layer_type in config.rope_parameters
+    parameters = config.rope_parameters[layer_type] if nested else config.rope_parameters
+    device, attention_factor = position_ids.device, 1.0
+    if parameters["rope_type"] == "default":
+        channels = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
+        inverse_frequency = 1.0 / (parameters["rope_theta"] ** (channels / config.head_dim))
+    else:
+        initialise = ROPE_INIT_FUNCTIONS[parameters["rope_type"]]
+        inverse_frequency, attention_factor = initialise(config, device, layer_type=layer_type if nested else None)
+    angles = position_ids[..., None].float() * inverse_frequency.float()
+    return angles.cos() * attention_factor, angles.sin() * attention_factor
+
+
+def rotate_half_style(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate channel i with channel i + K/2. `x` is `[B, heads, T, K]`."""
+    cos, sin = cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def rotate_interleaved(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate channel 2i with channel 2i + 1, in fp32. `x` is `[B, heads, T, K]`."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).to(x.dtype)
+
+
+ROTATE: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "half": rotate_half_style,
+    "interleaved": rotate_interleaved,
+}
+
+
+def eager_attention(
+    module: "Attention",
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **kwargs: object,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out, the only kind here that can soft-cap its scores (Gemma 2 report, section 2).
+
+    `query` is `[B, H, T, K]`, `key` and `value` `[B, G, S, K]`, the mask additive `[B, 1, T, S]`;
+    returns `[B, T, H, K]` and the probabilities `[B, H, T, S]`.
+    """
+    groups = module.num_key_value_groups
+    scores = query @ key.repeat_interleave(groups, dim=1).transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value.repeat_interleave(groups, dim=1)).transpose(1, 2), weights
+
+
+class Attention(nn.Module):
+    """Causal attention with q, k and v in one projection, grouped keys, rotary positions and the families' switches."""
+
+    is_causal = True
+
+    def __init__(self, config: RecurrentDepthConfig, layer: int) -> None:
+        super().__init__()
+        assert config.head_dim is not None and config.num_key_value_heads is not None
+        self.config = config
+        self.layer_idx = layer
+        self.layer_type = config.layer_type(layer)
+        self.has_rope = config.layer_has_rope(layer)
+        self.rotate = ROTATE[config.rope_style]
+        self.head_dim = config.head_dim
+        self.q_width = config.n_heads * config.head_dim
+        self.kv_width = config.num_key_value_heads * config.head_dim
+        self.num_key_value_groups = config.n_heads // config.num_key_value_heads
+        self.scaling = config.query_scale if config.query_scale is not None else config.head_dim**-0.5
+        self.sliding_window = config.sliding_window if self.layer_type == "sliding_attention" else None
+        # Only the eager form knows the soft cap; the other kinds refuse even a None.
+        cap = config.attn_logit_softcapping
+        self.soft_cap = {} if cap is None else {"softcap": cap}
+
+        self.Wqkv = nn.Linear(config.n_embd, self.q_width + 2 * self.kv_width, bias=config.qkv_bias)
+        self.proj = nn.Linear(self.q_width, config.n_embd, bias=False)
+        if config.qk_bias:
+            self.qk_bias = nn.Parameter(torch.zeros(2, 1, config.n_heads, config.head_dim))
+        if config.qk_norm is not None:
+            full = config.qk_norm == "full"
+            self.q_norm = RMSNorm(self.q_width if full else self.head_dim, config)
+            self.k_norm = RMSNorm(self.kv_width if full else self.head_dim, config)
+
+    def forward(self, x: torch.Tensor, context: PassContext, step: int) -> torch.Tensor:
+        """`x` is `[B, T, D]`; `step` counts from 1 in the core and is 0 elsewhere. Returns `[B, T, D]`."""
+        query, key, value = self.Wqkv(x).split([self.q_width, self.kv_width, self.kv_width], dim=-1)
+        if self.config.qk_norm == "full":
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in (query, key, value))
+        if self.config.qk_norm == "head":
+            query, key = self.q_norm(query), self.k_norm(key)
+        if self.config.qk_bias:
+            query = query + self.qk_bias[0].to(query.dtype)
+            key = key + self.qk_bias[1].to(key.dtype)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        if self.has_rope:
+            cos, sin = context.rotations[self.layer_type]
+            query, key = self.rotate(query, cos, sin), self.rotate(key, cos, sin)
+        if context.cache is not None:
+            key, value = context.cache.update(key, value, self.layer_idx, step)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        mixed, _ = attend(
+            self,
+            query,
+            key,
+            value,
+            context.masks[self.layer_type],
+            scaling=self.scaling,
+            dropout=0.0,
+            sliding_window=self.sliding_window,
+            **self.soft_cap,
+        )
+        return self.proj(mixed.flatten(2))
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)) with gate and up in one projection, gate first (Shazeer 2020)."""
+
+    def __init__(self, config: RecurrentDepthConfig) -> None:
+        super().__init__()
+        self.fc = nn.Linear(config.n_embd, 2 * config.intermediate_size, bias=False)
+        self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=False)
+        self.act = ACT2FN[config.activation]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.fc(x).chunk(2, dim=-1)
+        return self.proj(self.act(gate) * up)
+
+
+class Block(GradientCheckpointingLayer):
+    """Attention and mlp on the residual stream, with the norms where the family has them.
+
+    `norm_1` and `norm_2` are attention's, `norm_3` and `norm_4` the mlp's; with two norms a block (`pre`, `post`)
+    `norm_1` is attention's and `norm_2` the mlp's.
+    """
+
+    def __init__(self, config: RecurrentDepthConfig, layer: int) -> None:
+        super().__init__()
+        self.placement = config.norm_placement
+        self.attn = Attention(config, layer)
+        self.mlp = GatedMLP(config)
+        self.norm_1 = RMSNorm(config.n_embd, config)
+        self.norm_2 = RMSNorm(config.n_embd, config)
+        if self.placement in ("sandwich", "huginn"):
+            self.norm_3 = RMSNorm(config.n_embd, config)
+            self.norm_4 = RMSNorm(config.n_embd, config)
+
+    def forward(self, x: torch.Tensor, context: PassContext, step: int = 0) -> torch.Tensor:
+        """`x` is `[B, T, D]`; `step` counts from 1 in the core and is 0 elsewhere. Returns `[B, T, D]`."""
+        if self.placement == "pre":
+            x = x + self.attn(self.norm_1(x), context, step)
+            return x + self.mlp(self.norm_2(x))
+        if self.placement == "post":
+            x = x + self.norm_1(self.attn(x, context, step))
+            return x + self.norm_2(self.mlp(x))
+        if self.placement == "sandwich":
+            x = x + self.norm_2(self.attn(self.norm_1(x), context, step))
+            return x + self.norm_4(self.mlp(self.norm_3(x)))
+        x = self.norm_2(x + self.attn(self.norm_1(x), context, step))
+        return self.norm_4(x + self.mlp(self.norm_3(x)))

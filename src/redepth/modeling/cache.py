@@ -1,0 +1,255 @@
+"""Cache of a depth-recurrent model: one slot of keys and values per (layer, step), under a cache rule."""
+
+import re
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+# The published code names its rules by counting layer-steps of Huginn's four core layers.
+PUBLISHED_RULES = {"latest-m4": "latest"} | {f"compress-s{4 * n}": f"ring-{n}" for n in range(1, 65)}
+KNOWN_RULES = "full, latest, ring-N (such as ring-4)"
+
+
+def parse_cache_rule(rule: str) -> tuple[str, int]:
+    """The rule's kind (`full`, `latest` or `ring`) and, for a ring, how many steps it keeps (else 0).
+
+    Raises:
+        ValueError: for a rule that redepth does not know.
+    """
+    name = PUBLISHED_RULES.get(rule, rule)
+    if name in ("full", "latest"):
+        return name, 0
+    ring = re.fullmatch(r"ring-([1-9]\d*)", name)
+    if ring is None:
+        raise ValueError(f"unknown cache rule {rule!r}; use one of {KNOWN_RULES}")
+    return "ring", int(ring.group(1))
+
+
+class CacheSlot(CacheLayerMixin):
+    """Keys and values of one layer at one step, `[batch, kv_heads, tokens, head_dim]`.
+
+    The storage is contiguous and doubles when it is full, so that decoding does not copy the past at every token.
+    """
+
+    is_croppable = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.length = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.keys = key_states.new_empty(*key_states.shape[:2], 0, key_states.shape[3])
+        self.values = value_states.new_empty(*value_states.shape[:2], 0, value_states.shape[3])
+        self.is_initialized = True
+
+    def _reserve(self, length: int) -> None:
+        assert self.keys is not None and self.values is not None
+        capacity = self.keys.shape[2]
+        if length <= capacity:
+            return
+        # A first prefill is stored exactly; from then on room doubles.
+        capacity = length if capacity == 0 else max(length, 2 * capacity)
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
+            new[:, :, : self.length] = old[:, :, : self.length]
+            setattr(self, name, new)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, start: int = 0, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write at positions `start …`, and return all keys and values up to the last one written."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = start + key_states.shape[2]
+        self._reserve(end)
+        assert self.keys is not None and self.values is not None
+        self.keys[:, :, start:end] = key_states
+        self.values[:, :, start:end] = value_states
+        self.length = max(self.length, end)
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def fill_from(self, shallower: "CacheSlot", end: int) -> None:
+        """Let the shallower step's entries stand in for the tokens `self.length … end` that never ran this step."""
+        if self.length >= end:
+            return
+        start = self.length
+        assert shallower.keys is not None and shallower.values is not None
+        self.update(shallower.keys[:, :, start:end], shallower.values[:, :, start:end], start)
+
+    def memory_bytes(self) -> int:
+        if not self.is_initialized:
+            return 0
+        assert self.keys is not None and self.values is not None
+        return self.keys.nbytes + self.values.nbytes
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def crop_to(self, length: int) -> None:
+        self.length = min(self.length, length)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.crop_to(self.length - abs(tokens_to_remove))
+
+    def reset(self) -> None:
+        self.keys = self.values = None
+        self.length = 0
+        self.is_initialized = False
+
+    def _map_rows(self, change: Any) -> None:
+        if self.is_initialized:
+            self.keys, self.values = change(self.keys), change(self.values)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._map_rows(lambda rows: rows[indices])
+
+
+class RecurrentDepthCache(Cache):
+    """Keys and values for every (layer, step), shared between steps as the cache rule says.
+
+    At core layer l in step i a token reads its own key and value and, for each earlier token, those that the token
+    stored at layer l in step j:
+
+    - `full`: j = i; an earlier token that ran fewer steps is an error.
+    - `latest`: the largest step ≤ i that the earlier token ran.
+    - `ring-N`: the largest step that it ran with j ≡ i (mod N); only N steps are kept.
+
+    Tokens that enter in one call run side by side, so under `ring-N` they see each other's step i, not a later one.
+    Prelude and coda have one entry a layer.
+
+    Args:
+        config: the model's configuration.
+        rule: a cache rule or a published alias (`compress-s4`, `latest-m4`, …); the config's by default.
+
+    Raises:
+        ValueError: for an unknown rule.
+    """
+
+    def __init__(self, config: Any, rule: str | None = None) -> None:
+        super().__init__(layers=[])
+        self.rule = rule if rule is not None else config.cache_rule
+        self.kind, self.ring = parse_cache_rule(self.rule)
+        self.slots: dict[tuple[int, int], CacheSlot] = {}
+        self.length = 0
+        # Which stored tokens are padding, [batch, length]; None while none is known to be.
+        self.padding_mask: torch.Tensor | None = None
+        # The number of steps that each stored token ran, one entry a token.
+        self.steps_run: list[int] = []
+        self._steps_in_pass = 0
+
+    def check_steps(self, num_steps: int) -> None:
+        """Refuse, before any compute, a depth that the stored tokens can't serve under this rule."""
+        needed = {"full": num_steps, "latest": 1, "ring": min(num_steps, self.ring)}[self.kind]
+        shallowest = min(self.steps_run, default=needed)
+        if shallowest < needed:
+            raise ValueError(
+                f"num_steps={num_steps} under cache rule {self.rule!r} needs earlier tokens that ran at least {needed} "
+                f"steps, but one ran {shallowest}; use cache_rule='latest' or start from an empty cache"
+            )
+
+    def update(  # type: ignore[override]
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, step: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the new tokens' keys and values, and return all that they may read.
+
+        Args:
+            key_states, value_states: `[batch, kv_heads, new tokens, head_dim]`.
+            layer_idx: the unique layer, counted through prelude, core and coda.
+            step: the step, from 1, in the core; 0 in prelude and coda.
+
+        Returns:
+            keys and values, `[batch, kv_heads, stored + new tokens, head_dim]`.
+        """
+        slot = self._slot(layer_idx, step % self.ring if self.kind == "ring" else step)
+        if self.kind == "latest" and step > 1:
+            slot.fill_from(self._slot(layer_idx, step - 1), self.length)
+        self._steps_in_pass = max(self._steps_in_pass, step)
+        return slot.update(key_states, value_states, self.length)
+
+    def _slot(self, layer: int, step: int) -> CacheSlot:
+        if (layer, step) not in self.slots:
+            self.slots[layer, step] = CacheSlot()
+            self.layers.append(self.slots[layer, step])
+        return self.slots[layer, step]
+
+    def commit(self, num_tokens: int) -> None:
+        """End a pass: its tokens now belong to the past."""
+        self.length += num_tokens
+        self.steps_run += [self._steps_in_pass] * num_tokens
+        self._steps_in_pass = 0
+
+    def extend_padding_mask(self, attention_mask: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:
+        """The mask over stored and new tokens, `[batch, stored + new]`, remembering the padding of earlier calls."""
+        if attention_mask is not None:
+            self.padding_mask = attention_mask
+        elif self.padding_mask is not None:
+            past = self.padding_mask[:, : self.length]
+            self.padding_mask = torch.cat([past, past.new_ones(past.shape[0], num_tokens)], dim=1)
+        return self.padding_mask
+
+    def memory_bytes(self) -> int:
+        """Bytes held by keys and values, reserved room included."""
+        return sum(slot.memory_bytes() for slot in self.slots.values())
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    @property
+    def is_croppable(self) -> bool:
+        return True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens, so that the cache is as if they had never been fed.
+
+        Raises:
+            ValueError: for a positive number; transformers counts tokens to remove as a negative one.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+        self.length = max(self.length + tokens_to_remove, 0)
+        for slot in self.slots.values():
+            slot.crop_to(self.length)
+        self.steps_run = self.steps_run[: self.length]
+        if self.padding_mask is not None:
+            self.padding_mask = self.padding_mask[:, : self.length]
+
+    def reset(self) -> None:
+        super().reset()
+        self.slots.clear()
+        self.layers.clear()
+        self.length, self.steps_run, self.padding_mask = 0, [], None
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self.padding_mask is not None:
+            self.padding_mask = self.padding_mask.index_select(0, beam_idx.to(self.padding_mask.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.padding_mask is not None:
+            self.padding_mask = self.padding_mask.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        if self.padding_mask is not None:
+            self.padding_mask = self.padding_mask[indices]

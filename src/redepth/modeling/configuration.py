@@ -1,0 +1,149 @@
+"""Configuration of a depth-recurrent language model, in the published `huginn_raven` format.
+
+The published keys keep their names. The switches that tell one family's block from another's are
+redepth's own keys; their defaults describe Huginn-0125, so a published config needs none of them.
+"""
+
+from typing import Any, Literal
+
+from transformers.configuration_utils import PreTrainedConfig
+
+NormPlacement = Literal["pre", "post", "sandwich", "huginn"]
+
+
+class RecurrentDepthConfig(PreTrainedConfig):
+    r"""
+    Args:
+        n_embd (`int`): width of the residual stream.
+        n_layers_in_prelude, n_layers_in_recurrent_block, n_layers_in_coda (`int`):
+            layers in each of the three groups; the recurrent block is the core.
+        mean_recurrence (`int`): the depth the model was trained for, and the `num_steps` used when none is given.
+        mean_backprop_depth (`int`): how many of the last steps carry a gradient when training draws the depth.
+        norm_placement (`str`): where a block normalises: `pre` x + f(n(x)); `post` x + n(f(x));
+            `sandwich` x + n(f(n(x))); `huginn` n(x + f(n(x))).
+        norm_weight (`str`): `plain` multiplies by w after the cast to the working dtype; `one_plus` by (1 + w) before.
+        qk_norm (`str`, *optional*): `head` normalises each head of q and k; `full` the whole projection at once.
+        qkv_bias (`bool`): bias on the fused q, k, v projection. `qk_bias` is Huginn's own bias on q and k.
+        rope_style (`str`): `half` rotates channel i with i + head_dim/2; `interleaved` rotates 2i with 2i + 1.
+        rope_layers (`list[bool]`, *optional*): per layer, whether it rotates q and k at all; all do by default.
+        layer_types (`list[str]`, *optional*): per layer (prelude, core, coda in order) `full_attention` or
+            `sliding_attention`; `sliding_window` tokens are visible to the latter, the token itself included.
+        query_scale (`float`, *optional*): factor on q·k, `head_dim ** -0.5` by default.
+        norm_before_coda (`bool`): whether `ln_f` is applied to the last state before the coda, as Huginn does.
+        initial_state_mode (`str`): s_0 is `noise`, `zeros`, or `embed` (the prelude's output e).
+        state_std, state_scale (`float`, *optional*): noise is a normal cut at ±3 std with this std, times the scale;
+            `init_values["std"]` and `init_values["embed_scale"]` by default.
+        state_seed (`int`): seed of the noise outside training; position t's noise depends on (seed, t) alone.
+        cache_rule (`str`): default rule of the cache, see `cache.RecurrentDepthCache`.
+    """
+
+    model_type = "huginn_raven"
+    keys_to_ignore_at_inference = ["past_key_values", "latent_states", "stats"]
+    attribute_map = {
+        "hidden_size": "n_embd",
+        "num_attention_heads": "n_heads",
+        "num_hidden_layers": "n_layers",
+        "max_position_embeddings": "block_size",
+        "tie_word_embeddings": "tie_embeddings",
+    }
+
+    vocab_size: int = 65536
+    n_embd: int = 5280
+    n_heads: int = 55
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int = 17920
+    n_layers_in_prelude: int = 2
+    n_layers_in_recurrent_block: int = 4
+    n_layers_in_coda: int = 2
+    n_layers: int | None = None
+    mean_recurrence: int = 32
+    mean_backprop_depth: int = 8
+    block_size: int = 4096
+    tie_embeddings: bool = True
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    norm_placement: NormPlacement = "huginn"
+    norm_weight: Literal["plain", "one_plus"] = "plain"
+    norm_eps: float = 1e-6
+    activation: Literal["silu", "gelu_pytorch_tanh"] = "silu"
+    qk_norm: Literal["head", "full"] | None = None
+    qkv_bias: bool = False
+    qk_bias: bool = True
+
+    rope_base: float = 50_000.0
+    rope_parameters: dict[str, Any] | None = None
+    rope_style: Literal["half", "interleaved"] = "interleaved"
+    rope_layers: list[bool] | None = None
+    layer_types: list[str] | None = None
+    sliding_window: int | None = None
+    query_scale: float | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+
+    norm_before_coda: bool = True
+    initial_state_mode: Literal["noise", "zeros", "embed"] = "noise"
+    state_std: float | None = None
+    state_scale: float | None = None
+    state_seed: int = 0
+    cache_rule: str = "full"
+    init_values: dict[str, float] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.n_heads
+        if self.head_dim is None:
+            self.head_dim = self.n_embd // self.n_heads
+        self.n_layers = self.n_layers_in_prelude + self.n_layers_in_recurrent_block + self.n_layers_in_coda
+        if self.rope_parameters is None:
+            self.rope_parameters = {"rope_type": "default", "rope_theta": float(self.rope_base)}
+        std = (2 / (5 * self.n_embd)) ** 0.5
+        effective_depth = (
+            self.n_layers_in_prelude
+            + self.n_layers_in_coda
+            + self.n_layers_in_recurrent_block * self.mean_recurrence
+        )
+        published_start = {
+            "std": std,
+            "out_proj": std / (2 * effective_depth) ** 0.5,
+            "embedding": std,
+            "embed_scale": self.n_embd**0.5,
+        }
+        self.init_values = published_start | (self.init_values or {})
+        super().__post_init__(**kwargs)
+
+    @property
+    def embed_scale(self) -> float:
+        """Factor on the token embedding."""
+        assert self.init_values is not None
+        return self.init_values["embed_scale"]
+
+    def layer_type(self, layer: int) -> str:
+        """Attention type of unique layer `layer`, counted through prelude, core and coda."""
+        return self.layer_types[layer] if self.layer_types is not None else "full_attention"
+
+    def layer_has_rope(self, layer: int) -> bool:
+        """Whether unique layer `layer` rotates its queries and keys."""
+        return self.rope_layers[layer] if self.rope_layers is not None else True
+
+    def validate_architecture(self) -> None:
+        """Called by transformers on construction; raises ValueError on a config that no model can have."""
+        if self.n_layers_in_recurrent_block < 1:
+            raise ValueError(
+                f"n_layers_in_recurrent_block is {self.n_layers_in_recurrent_block}, but the core needs at least 1 layer"
+            )
+        if self.num_key_value_heads and self.n_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"n_heads ({self.n_heads}) is not a multiple of num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.head_dim and self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}, but rotary positions need an even number")
+        for name in ("layer_types", "rope_layers"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.n_layers:
+                raise ValueError(f"{name} has {len(values)} entries, but the model has {self.n_layers} unique layers")
+        if self.layer_types is not None and "sliding_attention" in self.layer_types and not self.sliding_window:
+            raise ValueError("layer_types names sliding_attention, but sliding_window is not set; set it in tokens")

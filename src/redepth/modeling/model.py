@@ -1,0 +1,424 @@
+"""The depth-recurrent language model: prelude, looped core, coda.
+
+    e   = prelude(embed(x) * embed_scale)
+    s_0 = initial state
+    s_i = core(adapter([s_{i-1}; e]))         i = 1 … num_steps
+    y   = lm_head(norm(coda(s_r)))            Huginn also norms s_r before the coda
+
+(Geiping et al. 2025, section 3.1; McLeish et al. 2025, section 3.) Shapes: B batch, T new tokens, D width, V vocabulary.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput, TransformersKwargs
+
+from .blocks import Block, PassContext, RMSNorm, rotations
+from .cache import RecurrentDepthCache
+from .configuration import RecurrentDepthConfig
+from .depth import sample_num_steps, split_num_steps
+from .state import fresh_noise, position_noise
+
+MASK_MAKERS = {
+    "full_attention": create_causal_mask,
+    "sliding_attention": create_sliding_window_causal_mask,
+}
+
+
+@dataclass
+class RecurrentDepthOutput(ModelOutput):
+    """
+    Args:
+        loss: mean next-token cross-entropy in nats, where labels were given.
+        logits: `[B, T, V]`, or fewer tokens with `logits_to_keep`.
+        log_ppl: the loss without its graph.
+        past_key_values: the cache, where one is used.
+        latent_states: s_r, `[B, T, D]`, as it enters the coda.
+        hidden_states: with `output_hidden_states`, the residual stream `[B, T, D]` after the embedding, then after
+            each layer of the prelude, each layer of each step of the core, and each layer of the coda.
+        stats: `num_steps`, the number of steps run.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    log_ppl: torch.Tensor | None = None
+    past_key_values: RecurrentDepthCache | None = None
+    latent_states: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    stats: dict[str, Any] | None = None
+
+
+class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
+    """A causal language model whose core is looped `num_steps` times.
+
+    `generate` is transformers' own: `num_steps`, `state_seed` and `cache_rule` pass through it to every forward call.
+    """
+
+    config_class = RecurrentDepthConfig
+    config: RecurrentDepthConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+    _keys_to_ignore_on_load_unexpected = [r"freqs_cis"]
+
+    def __init__(self, config: RecurrentDepthConfig) -> None:
+        if config.attn_logit_softcapping is not None:
+            self._supports_sdpa = False
+        super().__init__(config)
+        first_core = config.n_layers_in_prelude
+        first_coda = first_core + config.n_layers_in_recurrent_block
+        assert config.n_layers is not None
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "prelude": nn.ModuleList(Block(config, layer) for layer in range(first_core)),
+                "adapter": nn.Linear(2 * config.n_embd, config.n_embd, bias=False),
+                "core_block": nn.ModuleList(Block(config, layer) for layer in range(first_core, first_coda)),
+                "coda": nn.ModuleList(Block(config, layer) for layer in range(first_coda, config.n_layers)),
+                "ln_f": RMSNorm(config.n_embd, config),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The published start: normal cut at ±3 std, output projections and the mlp's up half narrower by depth."""
+        assert self.config.init_values is not None
+        std, narrow = self.config.init_values["std"], self.config.init_values["out_proj"]
+
+        def cut_normal(weight: torch.Tensor, deviation: float) -> None:
+            init.trunc_normal_(weight, std=deviation, a=-3 * deviation, b=3 * deviation)
+
+        if isinstance(module, nn.Embedding):
+            cut_normal(module.weight, self.config.init_values["embedding"])
+        elif isinstance(module, RMSNorm):
+            init.zeros_(module.weight) if module.one_plus else init.ones_(module.weight)
+        elif isinstance(module, nn.Linear):
+            cut_normal(module.weight, std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, Block):
+            # Called after the block's own layers, whose plain start it narrows.
+            cut_normal(module.attn.proj.weight, narrow)
+            cut_normal(module.mlp.proj.weight, narrow)
+            if not getattr(module.mlp.fc.weight, "_is_hf_initialized", False):
+                cut_normal(module.mlp.fc.weight.chunk(2)[1], narrow)
+            if self.config.qk_bias:
+                init.zeros_(module.attn.qk_bias)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.transformer["wte"]
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.transformer["wte"] = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Give generate() the one cache that knows about steps."""
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r} is not supported by a depth-recurrent "
+                "model; leave it out and choose a cache_rule instead"
+            )
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = RecurrentDepthCache(self.config, model_kwargs.get("cache_rule"))
+
+    def _context(
+        self,
+        hidden: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: RecurrentDepthCache | None,
+    ) -> PassContext:
+        """Masks, rotary angles and positions of one pass over `hidden` `[B, T, D]`.
+
+        Raises:
+            ValueError: for a mask that does not cover stored and new tokens, or more tokens than the model allows.
+            TypeError: for a cache of another model.
+        """
+        if cache is not None and not isinstance(cache, RecurrentDepthCache):
+            raise TypeError(
+                f"past_key_values is a {type(cache).__name__}, but a depth-recurrent model needs a RecurrentDepthCache; "
+                "leave it out to get one"
+            )
+        batch, tokens, _ = hidden.shape
+        past = cache.get_seq_length() if cache is not None else 0
+        total = past + tokens
+        if total > self.config.block_size:
+            raise ValueError(
+                f"{total} tokens are more than the {self.config.block_size} this model allows; shorten the prompt or "
+                "generate fewer tokens"
+            )
+        if attention_mask is not None and attention_mask.ndim == 2:
+            if attention_mask.shape != (batch, total):
+                raise ValueError(
+                    f"attention_mask has shape {list(attention_mask.shape)}, but {past} stored and {tokens} new tokens "
+                    f"in {batch} rows need [{batch}, {total}]"
+                )
+        elif attention_mask is not None and (attention_mask.ndim != 4 or self.config.layer_types is not None):
+            raise ValueError(
+                f"attention_mask has shape {list(attention_mask.shape)}; give [batch, tokens], or [batch, 1, new, all] "
+                "to a model without sliding windows"
+            )
+        if cache is not None and (attention_mask is None or attention_mask.ndim == 2):
+            attention_mask = cache.extend_padding_mask(attention_mask, tokens)
+
+        given_positions = position_ids
+        if position_ids is None:
+            if attention_mask is not None and attention_mask.ndim == 2:
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
+            else:
+                position_ids = torch.arange(past, total, device=hidden.device)[None]
+        layer_types = sorted(set(self.config.layer_types or ["full_attention"]))
+        mask_inputs = {
+            "config": self.config,
+            "inputs_embeds": hidden,
+            "attention_mask": attention_mask,
+            "past_key_values": cache,
+            # Only positions that the caller gave may mark packed documents.
+            "position_ids": given_positions,
+        }
+        return PassContext(
+            masks={kind: MASK_MAKERS[kind](**mask_inputs) for kind in layer_types},
+            rotations={kind: rotations(self.config, position_ids, kind) for kind in layer_types},
+            cache=cache,
+            position_ids=position_ids,
+        )
+
+    def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """Token embeddings times `embed_scale`, `[B, T, D]`; `inputs_embeds` are taken before the scale."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds, and not both")
+        embedded = self.transformer["wte"](input_ids) if inputs_embeds is None else inputs_embeds
+        return embedded * self.config.embed_scale if self.config.embed_scale != 1 else embedded
+
+    def _run(
+        self,
+        layers: nn.Module,
+        x: torch.Tensor,
+        context: PassContext,
+        step: int = 0,
+        record: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        for layer in layers:  # type: ignore[attr-defined]
+            x = layer(x, context, step)
+            if record is not None:
+                record.append(x)
+        return x
+
+    def _step(
+        self,
+        embedded: torch.Tensor,
+        state: torch.Tensor,
+        context: PassContext,
+        step: int,
+        record: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        injected = self.transformer["adapter"](torch.cat([state, embedded], dim=-1))
+        return self._run(self.transformer["core_block"], injected, context, step, record)
+
+    def _initial_state(self, embedded: torch.Tensor, positions: torch.Tensor, seed: int | None) -> torch.Tensor:
+        config = self.config
+        if config.initial_state_mode == "embed":
+            return embedded
+        if config.initial_state_mode == "zeros":
+            return torch.zeros_like(embedded)
+        assert config.init_values is not None
+        std = config.state_std if config.state_std is not None else config.init_values["std"]
+        scale = config.state_scale if config.state_scale is not None else config.embed_scale
+        if self.training and seed is None:
+            noise = fresh_noise(embedded)
+        else:
+            chosen = seed if seed is not None else config.state_seed
+            noise = position_noise(chosen, positions, config.n_embd).expand_as(embedded)
+        return (noise * (std * scale)).to(embedded.dtype)
+
+    def _leave(
+        self, state: torch.Tensor, context: PassContext, record: list[torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The coda: s_r in; (latent states, normed output), each `[B, T, D]`, out."""
+        if self.config.norm_before_coda:
+            state = self.transformer["ln_f"](state)
+        x = self._run(self.transformer["coda"], state, context, record=record)
+        if context.cache is not None:
+            context.cache.commit(x.shape[1])
+        return state, self.transformer["ln_f"](x)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self.lm_head(hidden)
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def embed_inputs(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: RecurrentDepthCache | None = None,
+    ) -> tuple[torch.Tensor, int]:
+        """First of the step calls: embedding and prelude.
+
+        Returns:
+            e `[B, T, D]`, and the number of layers run so far.
+        """
+        x = self._embed(input_ids, None)
+        context = self._context(x, attention_mask, position_ids, past_key_values)
+        return self._run(self.transformer["prelude"], x, context), self.config.n_layers_in_prelude
+
+    def initialize_state(
+        self, input_embeds: torch.Tensor, position_ids: torch.Tensor | None = None, state_seed: int | None = None
+    ) -> torch.Tensor:
+        """s_0 for e `[B, T, D]`, of the same shape and dtype; positions count from 0 if not given."""
+        if position_ids is None:
+            position_ids = torch.arange(input_embeds.shape[1], device=input_embeds.device)[None]
+        return self._initial_state(input_embeds, position_ids, state_seed)
+
+    def iterate_one_step(
+        self,
+        input_embeds: torch.Tensor,
+        input_states: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: RecurrentDepthCache | None = None,
+        block_idx: int = 0,
+        current_step: int = 0,
+    ) -> tuple[torch.Tensor, int, int]:
+        """One pass through the core.
+
+        Args:
+            input_embeds, input_states: e and s, `[B, T, D]`.
+            block_idx: layers run so far.
+            current_step: steps run so far.
+
+        Returns:
+            the next state `[B, T, D]`, and the two counts brought up to date.
+        """
+        context = self._context(input_embeds, attention_mask, position_ids, past_key_values)
+        state = self._step(input_embeds, input_states, context, current_step + 1)
+        return state, block_idx + self.config.n_layers_in_recurrent_block, current_step + 1
+
+    def predict_from_latents(
+        self,
+        latents: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: RecurrentDepthCache | None = None,
+    ) -> RecurrentDepthOutput:
+        """Last of the step calls: coda and head on a state `[B, T, D]`. With a cache, ends the pass."""
+        context = self._context(latents, attention_mask, position_ids, past_key_values)
+        latent_states, hidden = self._leave(latents, context)
+        return RecurrentDepthOutput(
+            logits=self._logits(hidden), past_key_values=past_key_values, latent_states=latent_states
+        )
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: RecurrentDepthCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        input_states: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_steps: int | tuple[int, int] | torch.Tensor | None = None,
+        state_seed: int | None = None,
+        cache_rule: str | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> RecurrentDepthOutput | tuple[Any, ...]:
+        """
+        Args:
+            input_ids: `[B, T]`; or `inputs_embeds` `[B, T, D]`.
+            attention_mask: `[B, stored + T]`, 1 for tokens and 0 for padding, on either side.
+            input_states: s_0 `[B, T, D]`, in place of the config's initial state.
+            labels: `[B, T]`, shifted inside; -100 is left out of the loss.
+            num_steps: an int, or a pair (steps without gradient, steps with gradient). The config's
+                `mean_recurrence` by default; in training mode the default is drawn anew at each call.
+            state_seed: seed of a noise state; the config's by default. In training mode the default is fresh noise.
+            cache_rule: rule of a cache made by this call; see `RecurrentDepthCache`.
+            logits_to_keep: how many last tokens get logits, 0 for all, or their indices.
+
+        Raises:
+            ValueError: for num_steps < 1, a mask that can't be honoured, or more tokens than `block_size`.
+            TypeError: for an unknown argument or a cache of another model.
+        """
+        unknown = set(kwargs) - set(TransformersKwargs.__optional_keys__)
+        if unknown:
+            raise TypeError(f"forward() got an unknown argument {min(unknown)!r}; see its documentation")
+        if kwargs.get("output_attentions"):
+            raise ValueError("output_attentions is not supported; a core layer has one attention map for each step")
+
+        if num_steps is None:
+            mean, depth = self.config.mean_recurrence, self.config.mean_backprop_depth
+            steps_without, steps_with = sample_num_steps(mean, depth) if self.training else (0, mean)
+        else:
+            steps_without, steps_with = split_num_steps(num_steps)
+        total_steps = steps_without + steps_with
+
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and self.training and self.is_gradient_checkpointing:
+            raise ValueError("use_cache=True can't go with gradient checkpointing; pass use_cache=False")
+        cache = past_key_values
+        if use_cache and cache is None:
+            cache = RecurrentDepthCache(self.config, cache_rule)
+
+        x = self._embed(input_ids, inputs_embeds)
+        context = self._context(x, attention_mask, position_ids, cache)
+        if cache is not None:
+            cache.check_steps(total_steps)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        record = [x] if output_hidden_states else None
+        embedded = self._run(self.transformer["prelude"], x, context, record=record)
+        state = input_states
+        if state is None:
+            state = self._initial_state(embedded, context.position_ids, state_seed)
+        for step in range(1, total_steps + 1):
+            with torch.no_grad() if step <= steps_without else nullcontext():
+                state = self._step(embedded, state, context, step, record)
+        latent_states, hidden = self._leave(state, context, record)
+
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self._logits(hidden[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        output = RecurrentDepthOutput(
+            loss=loss,
+            logits=logits,
+            log_ppl=loss.detach() if loss is not None else None,
+            past_key_values=cache,
+            latent_states=latent_states,
+            hidden_states=tuple(record) if record is not None else None,
+            stats={"num_steps": total_steps},
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+
+# transformers then copies these modules into every folder it saves, so that the folder loads without redepth.
+RecurrentDepthConfig.register_for_auto_class()
+RecurrentDepthForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,0 +1,39 @@
+"""The initial state s_0 that the core iterates from."""
+
+import torch
+
+_MASK_32 = 0xFFFFFFFF
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """A 32-bit integer hash of each entry, in int64 arithmetic that cannot overflow."""
+    x = ((x >> 16) ^ x) * 0x45D9F3B & _MASK_32
+    x = ((x >> 16) ^ x) * 0x45D9F3B & _MASK_32
+    return (x >> 16) ^ x
+
+
+def position_noise(seed: int, position_ids: torch.Tensor, width: int) -> torch.Tensor:
+    """Normal noise cut at ±3, a function of (seed, position, channel) alone.
+
+    A counter-based generator: row, batch and history play no part, so cached, batched and whole-sequence runs agree.
+
+    Args:
+        seed: any integer.
+        position_ids: `[batch, tokens]`.
+        width: number of channels.
+
+    Returns:
+        `[batch, tokens, width]` in fp32, unit variance before the cut.
+    """
+    channels = torch.arange(width, device=position_ids.device)
+    start = _mix(torch.tensor(seed & _MASK_32, device=position_ids.device))
+    positions = _mix(start ^ (position_ids.long() & _MASK_32))
+    bits = _mix(_mix(positions[..., None] ^ channels) + 0x9E3779B9 & _MASK_32)
+    uniform = (bits.double() + 0.5) / 2**32
+    tail = 0.5 * torch.erfc(torch.tensor(3 / 2**0.5, dtype=torch.float64, device=position_ids.device))
+    return torch.special.ndtri(tail + uniform * (1 - 2 * tail)).float()
+
+
+def fresh_noise(like: torch.Tensor) -> torch.Tensor:
+    """Normal noise cut at ±3 from torch's own generator, in fp32, for training."""
+    return torch.nn.init.trunc_normal_(torch.empty_like(like, dtype=torch.float32), a=-3.0, b=3.0)
