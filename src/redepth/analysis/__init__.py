@@ -1,0 +1,1 @@
+"""What a recurrent model is made of and what its depth costs."""

@@ -1,0 +1,49 @@
+"""Parameters and floating-point operations of a recurrent model, as the published accounting counts them."""
+
+from dataclasses import dataclass
+
+import torch
+
+from redepth.modeling import RecurrentDepthConfig, RecurrentDepthForCausalLM
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of each part; the adapter is part of the core, a tied head counts nothing of its own."""
+
+    embedding: int
+    prelude: int
+    core: int
+    coda: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.prelude + self.core + self.coda + self.head
+
+    def forward_flops_per_token(self, num_steps: int) -> float:
+        """2·[P + r·R + C]: the matrix products of the layers, without attention scores, embedding and head."""
+        return 2.0 * (self.prelude + num_steps * self.core + self.coda)
+
+    def training_flops_per_token(self, steps_without_gradient: int, steps_with_gradient: int) -> float:
+        """6·[P + min(r, s)·R + C + max(0, r − s)·R/3] (McLeish et al. 2025), counted like the forward pass."""
+        looped = steps_with_gradient * self.core + steps_without_gradient * self.core / 3
+        return 6.0 * (self.prelude + looped + self.coda)
+
+
+def count_parameters(config: RecurrentDepthConfig) -> ParameterCount:
+    """Counts from the configuration alone; no weights are made."""
+    with torch.device("meta"):
+        model = RecurrentDepthForCausalLM(config)
+    parts = model.transformer
+
+    def size(*modules: torch.nn.Module) -> int:
+        return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+    return ParameterCount(
+        embedding=size(parts["wte"]),
+        prelude=size(parts["prelude"]),
+        core=size(parts["core_block"], parts["adapter"]),
+        coda=size(parts["coda"], parts["ln_f"]),
+        head=0 if config.tie_embeddings else size(model.lm_head),
+    )

@@ -1,0 +1,1 @@
+"""From a source checkpoint to a recurrent one: families, plan, weights, verification."""

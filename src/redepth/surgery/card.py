@@ -1,0 +1,91 @@
+"""The model card of a recurrent checkpoint, in the hub's format, made from the records in its folder."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import AutoConfig
+
+from .folder import HEALING_FILE, VERIFICATION_FILE, read_json, read_recipe
+
+USAGE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+inputs = tokenizer("Depth is", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, num_steps={num_steps}, max_new_tokens=40)[0]))
+```"""
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _plan_section(convert: dict[str, Any], base_model: str) -> str:
+    rows = [[group, f"`{convert[group]}`"] for group in ("prelude", "core", "coda")]
+    return (
+        f"Made from `{base_model}` by `redepth convert` (adapter `{convert['adapter']}`, initial state "
+        f"`{convert['state']}`).\n\n" + _table(["part", "source layers"], rows)
+    )
+
+
+def _verification_section(verification: dict[str, Any] | None) -> str:
+    if verification is None:
+        return "Not verified yet; `redepth verify` compares the conversion with its source and fills in this section."
+    rows = [
+        [
+            check["name"],
+            str(check["num_steps"]),
+            f"{check['mse']:.2e}",
+            f"{check['largest_difference']:.2e}",
+            f"{check['kl']:.2e}",
+            f"{check['top1_agreement']:.2%}",
+            check["verdict"],
+        ]
+        for check in verification["checks"]
+    ]
+    header = ["check", "r", "logits MSE", "largest difference", "KL (nats)", "top-1 agreement", "verdict"]
+    return f"Logits in fp32 on {verification['num_tokens']} tokens of {verification['text']}.\n\n" + _table(header, rows)
+
+
+def _healing_section(healing: dict[str, Any] | None) -> str:
+    if healing is None:
+        return "Not healed: the weights are the source's, only rearranged."
+    depths = list(healing["loss_after"])
+    rows = [
+        [label, *(f"{losses[depth]:.3f}" for depth in depths)]
+        for label, losses in (("before", healing["loss_before"]), ("after", healing["loss_after"]))
+    ]
+    return (
+        f"Healed on {healing['tokens']:,} tokens of {healing['data']}. Held-out loss (nats per token) by number of steps "
+        "r:\n\n" + _table(["", *(f"r = {depth}" for depth in depths)], rows)
+    )
+
+
+def write_card(folder: Path) -> None:
+    """Write README.md from the folder's config, recipe, verification and healing records."""
+    recipe = read_recipe(folder)
+    origin = recipe["source"]
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    healing = read_json(folder / HEALING_FILE)
+    base_model = origin["base_model"] or Path(recipe["convert"]["source"]).name
+    data = ModelCardData(
+        license=origin["license"] or "unknown",
+        base_model=origin["base_model"],
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["redepth", "recurrent-depth", "huginn_raven"],
+    )
+    licence = origin["license"] or "not stated by the source; ask its owner before you share this"
+    sections = [
+        f"# {base_model}, depth-recurrent",
+        "A language model that loops its core as often as you ask: `num_steps` is the number of passes.",
+        USAGE.format(name=folder.name.lstrip("."), num_steps=config.mean_recurrence),
+        "## Plan\n\n" + _plan_section(recipe["convert"], base_model),
+        "## Verification\n\n" + _verification_section(read_json(folder / VERIFICATION_FILE)),
+        "## Healing\n\n" + _healing_section(healing),
+        f"## Licence\n\nThe source's: {licence}.",
+    ]
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n").save(folder / "README.md")

@@ -1,0 +1,368 @@
+"""The surgery: source checkpoint in, recurrent checkpoint out, no training."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers.dynamic_module_utils import custom_object_save
+
+from redepth.analysis.cost import ParameterCount, count_parameters
+from redepth.errors import RedepthError
+from redepth.modeling import RecurrentDepthConfig, RecurrentDepthForCausalLM
+
+from .card import write_card
+from .families import Derived, Family, family_of
+from .folder import whole_folder, write_recipe
+from .plan import Plan, make_plan
+from .sources import INDEX_FILE, SINGLE_FILE, Source, open_source
+from .weights import (
+    EMBEDDING,
+    HEAD,
+    Entry,
+    adapter_weight,
+    check_names,
+    parse_adapter,
+    to_recurrent,
+    weight_table,
+)
+
+DEFAULT_ADAPTER = "blend:0.25"
+DEFAULT_SHARD_SIZE = "1GB"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+STATES = ("embed", "noise", "zeros")
+
+
+def recurrent_config(source: Source, family: Family, plan: Plan, **changes: Any) -> RecurrentDepthConfig:
+    """The recurrent model's configuration for `plan`, from the source's.
+
+    Raises:
+        RedepthError: for a source setting that redepth's block does not have.
+    """
+    given = source.config
+    for key, allowed in family.requires.items():
+        if getattr(given, key, None) not in allowed:
+            raise RedepthError(
+                f"source {source.name!r} has {key}={getattr(given, key, None)!r}, but redepth's {family.name} block "
+                f"needs {' or '.join(repr(value) for value in allowed)}"
+            )
+    values: dict[str, Any] = {}
+    for key, rule in family.config.items():
+        found = getattr(given, rule.source if isinstance(rule, Derived) else rule, None)
+        values[key] = rule.apply(found) if isinstance(rule, Derived) and found is not None else found
+    values |= family.switches.model_dump()
+
+    window = values.get("sliding_window")
+    layer_types = values.pop("layer_types", None) if family.windows == "by_layer" else None
+    if family.windows == "every_layer" and window is not None:
+        layer_types = ["sliding_attention"] * plan.num_layers
+    kept_types = [layer_types[layer] for layer in plan.layers] if layer_types else []
+    if "sliding_attention" in kept_types:
+        values["layer_types"] = kept_types
+    else:
+        values["sliding_window"] = None
+    if values.get("rope_layers"):
+        values["rope_layers"] = [values["rope_layers"][layer] for layer in plan.layers]
+
+    rope = given.rope_parameters
+    nested = {kind: part for kind, part in rope.items() if isinstance(part, dict)}
+    for part in nested.values() or [rope]:
+        if part.get("rope_type") not in ROPE_TYPES or part.get("partial_rotary_factor", 1.0) != 1.0:
+            raise RedepthError(f"source {source.name!r} has rope {part}, but redepth has only {', '.join(ROPE_TYPES)}")
+    kinds = set(kept_types) or {"full_attention"}
+    values["rope_parameters"] = {kind: dict(nested[kind]) for kind in kinds} if nested else dict(rope)
+
+    width = values["n_embd"]
+    return RecurrentDepthConfig(
+        **values
+        | {
+            "n_layers_in_prelude": len(plan.prelude),
+            "n_layers_in_recurrent_block": len(plan.core),
+            "n_layers_in_coda": len(plan.coda),
+            # A conversion knows the depth of its source, one pass through every layer; healing raises it.
+            "mean_recurrence": 1,
+            "rope_style": "half",
+            "qk_bias": False,
+            "norm_before_coda": False,
+            "state_scale": 1.0,
+            "init_values": {"embed_scale": 1.0 if family.embed_scale == "one" else width**0.5},
+            "bos_token_id": given.bos_token_id,
+            "eos_token_id": given.eos_token_id,
+            "pad_token_id": given.pad_token_id,
+        }
+        | changes
+    )
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """One surgery, decided but not yet carried out.
+
+    Attributes:
+        adapter: `inject`, `blend:α` or `random`.
+        dtype: of the tensors that it gives.
+        seed: of a random adapter.
+    """
+
+    source: Source
+    family: Family
+    plan: Plan
+    config: RecurrentDepthConfig
+    adapter: str
+    dtype: torch.dtype
+    seed: int = 0
+    table: list[Entry] = field(default_factory=list, repr=False)
+
+    def with_plan(self, plan: Plan, dtype: torch.dtype | None = None) -> "Conversion":
+        """The same surgery with another plan, by the same code path."""
+        config = recurrent_config(
+            self.source,
+            self.family,
+            plan,
+            initial_state_mode=self.config.initial_state_mode,
+            tie_embeddings=self.config.tie_embeddings,
+        )
+        table = weight_table(self.family, plan, config)
+        return replace(self, plan=plan, config=config, table=table, dtype=dtype or self.dtype)
+
+    @property
+    def starts_equal(self) -> bool:
+        """Whether a full cover with this start equals its source at r = 1."""
+        kind, _ = parse_adapter(self.adapter)
+        return kind == "inject" or (kind == "blend" and self.config.initial_state_mode == "embed")
+
+    @property
+    def equal_at_every_depth(self) -> bool:
+        return self.adapter == "inject"
+
+    def parameters(self) -> ParameterCount:
+        return count_parameters(self.config)
+
+    def _check(self) -> None:
+        names = self.source.tensor_names()
+        head, embedding = self.family.outer[HEAD], self.family.outer[EMBEDDING]
+        if self.config.tie_embeddings and head in names and not torch.equal(self.source.read(head), self.source.read(embedding)):
+            raise RedepthError(
+                f"source {self.source.name!r} has a head {head!r} that differs from its embedding; leave --tie out"
+            )
+        check_names(self.family, self.plan, self.table, [*names, head])
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The recurrent tensors, one at a time; no more than one is held here.
+
+        Raises:
+            RedepthError: before the first one, if the source's tensors do not fit the family and plan.
+        """
+        self._check()
+        head, names = self.family.outer[HEAD], set(self.source.tensor_names())
+
+        def read(name: str) -> torch.Tensor:
+            # An untied copy of a tied source takes its head from the embedding.
+            untied = name == head and head not in names
+            return self.source.read(self.family.outer[EMBEDDING] if untied else name)
+
+        generator = torch.Generator().manual_seed(self.seed)
+        adapter = adapter_weight(self.adapter, self.config.n_embd, generator)
+        yield from to_recurrent(self.table, read, adapter, self.dtype)
+
+    def model(self) -> RecurrentDepthForCausalLM:
+        """The converted model in memory, in eval mode."""
+        with torch.device("meta"):
+            model = RecurrentDepthForCausalLM(self.config)
+        model.load_state_dict(dict(self.tensors()), strict=False, assign=True)
+        model.tie_weights()
+        left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+        if left:
+            raise RedepthError(f"the conversion gave no tensor {left[0]!r}; this is a bug in the family {self.family.name}")
+        return model.eval()
+
+    def recipe(self) -> dict[str, Any]:
+        """What would make this checkpoint again."""
+        return {
+            "convert": {
+                "source": self.source.name,
+                **self.plan.slices(),
+                "adapter": self.adapter,
+                "state": self.config.initial_state_mode,
+                "dtype": str(self.dtype).removeprefix("torch."),
+                "tie": self.config.tie_embeddings,
+                "seed": self.seed,
+            },
+            "source": {"base_model": self.source.base_model, "license": self.source.license},
+            "made_with": {name: version(name) for name in ("redepth", "torch", "transformers")},
+        }
+
+    def write(
+        self,
+        out: Path,
+        overwrite: bool = False,
+        max_shard_size: str = DEFAULT_SHARD_SIZE,
+        on_tensor: Callable[[int, int], None] | None = None,
+    ) -> Path:
+        """Write the checkpoint folder; nothing is left at `out` if anything fails.
+
+        Args:
+            on_tensor: called with (tensors done, tensors in all).
+
+        Raises:
+            RedepthError: if `out` exists and `overwrite` is off, or the source does not fit.
+            OSError: if the disk is full or not writable.
+        """
+        with whole_folder(out, overwrite) as folder:
+            _write_shards(self.tensors(), folder, len(self.table) + 1, max_shard_size, on_tensor)
+            save_definition(self.config, folder, self.dtype)
+            tokenizer = self.source.tokenizer()
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            self.source.generation_config().save_pretrained(folder)
+            write_recipe(folder, self.recipe())
+            write_card(folder)
+        return out
+
+
+def save_definition(config: RecurrentDepthConfig, folder: Path, dtype: torch.dtype) -> None:
+    """Write config.json and the modelling files, so that the folder loads in transformers without redepth."""
+    with torch.device("meta"):
+        model = RecurrentDepthForCausalLM(config)
+    config.architectures = [type(model).__name__]
+    config.dtype = dtype
+    custom_object_save(model, folder, config=config)
+    config.save_pretrained(folder)
+
+
+def _write_shards(
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    folder: Path,
+    count: int,
+    max_shard_size: str,
+    on_tensor: Callable[[int, int], None] | None,
+) -> None:
+    """Write safetensors files of at most `max_shard_size`, holding one shard in memory at a time."""
+    limit = _bytes_of(max_shard_size)
+    shards: list[list[str]] = []
+    held: dict[str, torch.Tensor] = {}
+    total_size = 0
+
+    def flush() -> None:
+        if held:
+            save_file(held, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+            shards.append(list(held))
+            held.clear()
+
+    for done, (name, tensor) in enumerate(tensors, start=1):
+        if sum(other.nbytes for other in held.values()) + tensor.nbytes > limit:
+            flush()
+        held[name] = tensor
+        total_size += tensor.nbytes
+        del tensor
+        if on_tensor is not None:
+            on_tensor(done, count)
+    flush()
+    if len(shards) == 1:
+        (folder / "shard-0").rename(folder / SINGLE_FILE)
+        return
+    weight_map = {}
+    for index, names in enumerate(shards):
+        file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{index}").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index_text = json.dumps({"metadata": {"total_size": total_size}, "weight_map": weight_map}, indent=2, sort_keys=True)
+    (folder / INDEX_FILE).write_text(index_text + "\n", encoding="utf-8")
+
+
+def _bytes_of(size: str) -> int:
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number, unit = size[:-2], size[-2:].upper()
+    try:
+        limit = int(float(number) * units[unit])
+    except (KeyError, ValueError):
+        limit = 0
+    if limit <= 0:
+        raise RedepthError(f"max shard size {size!r} is not a size; write it as 500MB or 2GB")
+    return limit
+
+
+def plan_conversion(
+    source: str | Path | Source,
+    prelude: str | None = None,
+    core: str | None = None,
+    coda: str | None = None,
+    adapter: str = DEFAULT_ADAPTER,
+    state: str = "embed",
+    dtype: str | None = None,
+    tie: bool | None = None,
+    seed: int = 0,
+) -> Conversion:
+    """Decide a surgery without reading a tensor; see `convert` for the arguments."""
+    if not isinstance(source, Source):
+        source = open_source(source)
+    family = family_of(source.config.model_type)
+    plan = make_plan(source.config.num_hidden_layers, prelude, core, coda)
+    parse_adapter(adapter)
+    if state not in STATES:
+        raise RedepthError(f"--state {state!r} is unknown; use {', '.join(STATES)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise RedepthError(f"--dtype {dtype!r} is unknown; use {', '.join(DTYPES)}")
+    changes: dict[str, Any] = {"initial_state_mode": state}
+    if tie is not None:
+        changes["tie_embeddings"] = tie
+    config = recurrent_config(source, family, plan, **changes)
+    return Conversion(
+        source=source,
+        family=family,
+        plan=plan,
+        config=config,
+        adapter=adapter,
+        dtype=DTYPES[dtype] if dtype is not None else source.dtype,
+        seed=seed,
+        table=weight_table(family, plan, config),
+    )
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    prelude: str | None = None,
+    core: str | None = None,
+    coda: str | None = None,
+    adapter: str = DEFAULT_ADAPTER,
+    state: str = "embed",
+    dtype: str | None = None,
+    tie: bool | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    max_shard_size: str = DEFAULT_SHARD_SIZE,
+    on_tensor: Callable[[int, int], None] | None = None,
+) -> Conversion:
+    """Turn a pretrained decoder into a depth-recurrent one.
+
+    Tensors are read, fused and written one at a time; memory stays near one shard.
+
+    Args:
+        source: hub id, local folder, `.gguf` file or built-in name.
+        out: folder to write; must not exist unless `overwrite`.
+        prelude, core, coda: source layers as Python slices, such as `"0:10"`. Without them every layer is kept and
+            the middle fifth is the core; with a core alone, what is before and after it.
+        adapter: how e and the state start out mixed: `inject` [0 | I], `blend:α` [αI | (1−α)I], or `random`.
+        state: s_0: `embed` (the prelude's output), `noise` or `zeros`.
+        dtype: `float32`, `bfloat16` or `float16`; the source's own by default (fp32 for GGUF).
+        tie: tie the head to the embedding or not; as in the source by default.
+        seed: of a random adapter.
+        max_shard_size: such as `"2GB"`.
+        on_tensor: called with (tensors done, tensors in all).
+
+    Returns:
+        the conversion that was carried out.
+
+    Raises:
+        RedepthError: for a source, plan or option that does not fit; nothing is left at `out`.
+    """
+    conversion = plan_conversion(source, prelude, core, coda, adapter, state, dtype, tie, seed)
+    conversion.write(Path(out), overwrite, max_shard_size, on_tensor)
+    return conversion

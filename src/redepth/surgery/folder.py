@@ -1,0 +1,67 @@
+"""A checkpoint folder as redepth keeps it: written whole or not at all, with the record of how it was made."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from redepth.errors import RedepthError
+
+RECIPE_FILE = "recipe.yaml"
+VERIFICATION_FILE = "verification.json"
+HEALING_FILE = "healing.json"
+
+
+def read_recipe(folder: Path) -> dict[str, Any]:
+    """The record of how the checkpoint was made.
+
+    Raises:
+        RedepthError: where there is none.
+    """
+    file = folder / RECIPE_FILE
+    if not file.exists():
+        raise RedepthError(f"{folder} has no {RECIPE_FILE}, so it was not made by redepth convert; convert its source first")
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+def write_recipe(folder: Path, recipe: dict[str, Any]) -> None:
+    (folder / RECIPE_FILE).write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def read_json(file: Path) -> Any | None:
+    """The file's content, or None where there is no such file."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write beside, then rename, so that a reader never sees half a file."""
+    beside = file.with_name(f".{file.name}.partial")
+    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    beside.replace(file)
+
+
+@contextmanager
+def whole_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to write beside `out`, which takes its place when the block ends well and vanishes when it does not."""
+    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
+        raise RedepthError(f"{out} already exists; give another folder or --overwrite")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    beside.chmod(0o755)
+    try:
+        yield beside
+        replaced = None
+        if out.exists():
+            replaced = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent)) / out.name
+            os.replace(out, replaced)
+        os.replace(beside, out)
+        if replaced is not None:
+            shutil.rmtree(replaced.parent)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -1,0 +1,136 @@
+"""The weight table of one conversion, read in both directions: source → recurrent and back."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from redepth.errors import RedepthError
+from redepth.modeling import RecurrentDepthConfig
+
+from .families import Family
+from .plan import Plan
+
+GROUP_MODULES = {"prelude": "prelude", "core": "core_block", "coda": "coda"}
+ADAPTER = "transformer.adapter.weight"
+EMBEDDING = "transformer.wte.weight"
+HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One recurrent tensor and the source tensors stacked in it, with the rows that each gives."""
+
+    target: str
+    sources: tuple[str, ...]
+    rows: tuple[int, ...] | None = None  # None where one source tensor is the whole
+
+    def fuse(self, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        if self.rows is None:
+            return read(self.sources[0])
+        parts = [read(name) for name in self.sources]
+        for name, part, rows in zip(self.sources, parts, self.rows, strict=True):
+            if part.shape[0] != rows:
+                raise RedepthError(f"tensor {name!r} has {part.shape[0]} rows, but its config implies {rows}")
+        return torch.cat(parts)
+
+    def split(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self.rows is None:
+            return {self.sources[0]: tensor}
+        return dict(zip(self.sources, tensor.split(list(self.rows)), strict=True))
+
+
+def _rows(target: str, config: RecurrentDepthConfig) -> tuple[int, ...] | None:
+    assert config.head_dim is not None and config.num_key_value_heads is not None
+    if target.startswith("attn.Wqkv"):
+        keys = config.num_key_value_heads * config.head_dim
+        return config.n_heads * config.head_dim, keys, keys
+    if target == "mlp.fc.weight":
+        return config.intermediate_size, config.intermediate_size
+    return None
+
+
+def weight_table(family: Family, plan: Plan, config: RecurrentDepthConfig) -> list[Entry]:
+    """Every recurrent tensor but the adapter, in the order in which a checkpoint holds them."""
+    table = []
+    for target, source in family.outer.items():
+        if not (target == HEAD and config.tie_embeddings):
+            table.append(Entry(target, (source,)))
+    for group, module in GROUP_MODULES.items():
+        for position, layer in enumerate(getattr(plan, group)):
+            for target in family.layer:
+                sources = tuple(f"{family.layer_prefix}.{layer}.{name}" for name in family.layer_sources(target))
+                table.append(Entry(f"transformer.{module}.{position}.{target}", sources, _rows(target, config)))
+    return table
+
+
+def check_names(family: Family, plan: Plan, table: list[Entry], names: list[str]) -> None:
+    """Every tensor that the table needs is there, and every tensor that is there is needed, dropped or known.
+
+    Raises:
+        RedepthError: naming the tensor.
+    """
+    present, needed = set(names), {source for entry in table for source in entry.sources}
+    for name in sorted(needed - present):
+        raise RedepthError(f"the source lacks tensor {name!r}, which family {family.name} has; is it another family?")
+    dropped = {
+        f"{family.layer_prefix}.{layer}.{name}"
+        for layer in plan.dropped
+        for target in family.layer
+        for name in family.layer_sources(target)
+    }
+    tied_head = {family.outer[HEAD]}  # checked against the embedding where the conversion ties them
+    for name in sorted(present - needed - dropped - tied_head):
+        if not any(name.endswith(ending) for ending in family.ignored):
+            raise RedepthError(
+                f"the source holds tensor {name!r}, which family {family.name} has no place for; nothing is dropped"
+            )
+
+
+def adapter_weight(adapter: str, width: int, generator: torch.Generator | None = None) -> torch.Tensor:
+    """The adapter's start, `[D, 2 D]` on `[state; e]`, in fp32.
+
+    `inject` is `[0 | I]`; `blend:α` is `[α I | (1 − α) I]`; `random` is a normal cut at ±3 std with std √(2/(5 D)).
+    """
+    kind, alpha = parse_adapter(adapter)
+    identity = torch.eye(width)
+    if kind == "inject":
+        return torch.cat([torch.zeros(width, width), identity], dim=1)
+    if kind == "blend":
+        return torch.cat([alpha * identity, (1 - alpha) * identity], dim=1)
+    std = (2 / (5 * width)) ** 0.5
+    weight = torch.empty(width, 2 * width)
+    return torch.nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std, generator=generator)
+
+
+def parse_adapter(adapter: str) -> tuple[str, float]:
+    """(kind, α) of an `--adapter` value; α is 0 where the kind has none.
+
+    Raises:
+        RedepthError: for an unknown kind or an α outside (0, 1].
+    """
+    if adapter in ("inject", "random"):
+        return adapter, 0.0
+    kind, _, text = adapter.partition(":")
+    try:
+        alpha = float(text)
+    except ValueError:
+        alpha = -1.0
+    if kind != "blend" or not 0 < alpha <= 1:
+        raise RedepthError(f"--adapter {adapter!r} is unknown; use inject, random, or blend:α with α in (0, 1]")
+    return kind, alpha
+
+
+def to_recurrent(
+    table: list[Entry], read: Callable[[str], torch.Tensor], adapter: torch.Tensor, dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The recurrent tensors, one at a time, each read when it is asked for."""
+    yield ADAPTER, adapter.to(dtype)
+    for entry in table:
+        yield entry.target, entry.fuse(read).to(dtype).contiguous()
+
+
+def to_source(table: list[Entry], read: Callable[[str], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same table backwards: the source's tensors from a recurrent checkpoint, without the adapter."""
+    for entry in table:
+        yield from entry.split(read(entry.target)).items()
