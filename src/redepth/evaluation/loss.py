@@ -1,0 +1,51 @@
+"""Held-out loss by number of steps."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.nn import functional as F
+
+from redepth.modeling import RecurrentDepthForCausalLM
+
+DEPTHS = (1, 2, 4, 8, 16)
+
+
+@torch.no_grad()
+def loss_by_depth(
+    model: RecurrentDepthForCausalLM,
+    tokens: torch.Tensor,
+    depths: Sequence[int] = DEPTHS,
+    batch_size: int = 4,
+    on_row: Callable[[int, int], None] | None = None,
+) -> dict[int, float]:
+    """Mean next-token cross-entropy, in nats, after each of `depths` steps.
+
+    One pass serves every depth: the core is iterated to the deepest, and coda and head leave from the states on the
+    way. Noise states are the seeded ones, so the same call gives the same figures.
+
+    Args:
+        tokens: `[rows, tokens]`, without padding.
+        on_row: called with (rows done, rows in all).
+
+    Returns:
+        loss by depth, in the order given.
+    """
+    was_training = model.training
+    model.eval()
+    totals = dict.fromkeys(depths, 0.0)
+    for start in range(0, len(tokens), batch_size):
+        ids = tokens[start : start + batch_size].to(model.device)
+        embedded, _ = model.embed_inputs(ids)
+        state = model.initialize_state(embedded)
+        for step in range(1, max(depths) + 1):
+            state, _, _ = model.iterate_one_step(embedded, state)
+            if step in totals:
+                logits = model.predict_from_latents(state).logits
+                assert logits is not None
+                losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
+                totals[step] += losses.item()
+        if on_row is not None:
+            on_row(min(start + batch_size, len(tokens)), len(tokens))
+    model.train(was_training)
+    predicted = tokens.shape[0] * (tokens.shape[1] - 1)
+    return {depth: total / predicted for depth, total in totals.items()}

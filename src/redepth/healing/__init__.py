@@ -1,0 +1,1 @@
+"""The training run that follows a conversion."""
