@@ -1,0 +1,36 @@
+"""The command line: one file a command; what is heavy is imported inside the command."""
+
+import os
+import sys
+
+import typer
+
+from redepth.errors import RedepthError
+
+from . import chat, convert, generate, heal, verify
+
+app = typer.Typer(
+    name="redepth",
+    help="Convert, verify, heal and run depth-recurrent language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+for module in (convert, verify, heal, generate, chat):
+    app.command(module.__name__.rpartition(".")[2])(module.command)
+
+
+def main() -> None:
+    """Entry point: a user's mistake or a broken input ends in one line and exit code 2.
+
+    REDEPTH_DEBUG=1 shows the whole traceback instead.
+    """
+    try:
+        app()
+    except (RedepthError, ValueError, OSError) as error:
+        if os.environ.get("REDEPTH_DEBUG"):
+            raise
+        line = " ".join(str(error).split())
+        print(f"redepth: {line or type(error).__name__}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,64 @@
+"""redepth chat"""
+
+from typing import Annotated
+
+import typer
+
+from .console import Checkpoint, Device, Dtype, hush_libraries, results
+
+HELP = "/steps N changes the depth, /reset forgets the conversation, /quit ends it."
+
+
+def command(
+    checkpoint: Checkpoint,
+    num_steps: Annotated[int | None, typer.Option(help="Passes through the core; as trained by default.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens in an answer.")] = 256,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+) -> None:
+    """Talk to a model through its chat template, at a depth you can change between answers.
+
+    Example: redepth chat ./smollm2-recurrent --num-steps 8
+    """
+    hush_libraries()
+    from transformers import TextStreamer
+
+    from redepth.errors import RedepthError
+    from redepth.loading import load, load_tokenizer
+    from redepth.modeling.depth import split_num_steps
+
+    if num_steps is not None:
+        split_num_steps(num_steps)
+    model, tokenizer = load(checkpoint, dtype, device), load_tokenizer(checkpoint)
+    if not tokenizer.chat_template:
+        raise RedepthError(f"{checkpoint} has no chat template; use redepth generate")
+    depth = num_steps if num_steps is not None else model.config.mean_recurrence
+    opening = [{"role": "system", "content": system}] if system else []
+    messages = list(opening)
+    results.print(HELP, style="dim")
+    while True:
+        try:
+            said = input(f"[r = {depth}] > ").strip()
+        except EOFError:
+            return
+        if said == "/quit":
+            return
+        if said == "/reset":
+            messages = list(opening)
+        elif said.startswith("/steps"):
+            try:
+                depth = sum(split_num_steps(int(said.removeprefix("/steps"))))
+            except ValueError as error:
+                results.print(f"{error}; {HELP}", style="red")
+        elif said.startswith("/"):
+            results.print(HELP, style="dim")
+        elif said:
+            messages.append({"role": "user", "content": said})
+            inputs = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            ).to(model.device)
+            streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            ids = model.generate(**inputs, num_steps=depth, max_new_tokens=max_new_tokens, streamer=streamer)
+            answer = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            messages.append({"role": "assistant", "content": answer})

@@ -1,0 +1,68 @@
+"""What the commands share: options, progress, and results for people or machines."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no remarks.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Checkpoint = Annotated[str, typer.Argument(metavar="OUT", help="Folder or hub id of a recurrent checkpoint.")]
+Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")]
+
+remarks = Console(stderr=True)
+results = Console()
+
+
+def hush_libraries() -> None:
+    """Keep other libraries' bars and warnings out of redepth's output."""
+    import warnings
+
+    from datasets.utils.logging import disable_progress_bar as disable_datasets_bar
+    from transformers.utils import logging
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_datasets_bar()
+
+
+def print_json(content: Any) -> None:
+    print(json.dumps(content, indent=2))
+
+
+@contextmanager
+def progress_bar(quiet: bool) -> Iterator[Callable[..., None]]:
+    """Yields `update(part, done, note="")` with `done` in [0, 1]; a part's bar appears when it is first named."""
+    columns = (
+        TextColumn("{task.description:<14}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=remarks, disable=quiet) as progress:
+        tasks: dict[str, Any] = {}
+
+        def update(part: str, done: float, note: str = "") -> None:
+            if part not in tasks:
+                tasks[part] = progress.add_task(part, total=1.0, note="")
+            progress.update(tasks[part], completed=done, note=note)
+
+        yield update
+
+
+def loss_table(title: str, rows: dict[str, dict[int, float]]) -> Table:
+    """Losses by number of steps, a row for each label."""
+    depths = list(next(iter(rows.values())))
+    table = Table("", *(f"r = {depth}" for depth in depths), title=title, title_justify="left")
+    for label, losses in rows.items():
+        table.add_row(label, *(f"{losses[depth]:.3f}" for depth in depths))
+    return table

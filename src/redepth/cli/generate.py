@@ -1,0 +1,71 @@
+"""redepth generate"""
+
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from .console import AsJson, Checkpoint, Device, Dtype, Quiet, hush_libraries, print_json, results
+
+
+def command(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    num_steps: Annotated[
+        list[int] | None, typer.Option(help="Passes through the core; give it several times to compare depths.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add.")] = 40,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens with this mass.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    cache_rule: Annotated[str | None, typer.Option(help="full, latest or ring-N; the checkpoint's by default.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Continue a text at one depth, streaming, or at several, side by side.
+
+    Example: redepth generate ./smollm2-recurrent "The capital of France is" --num-steps 1 --num-steps 16
+    """
+    hush_libraries()
+    import torch
+    from transformers import TextStreamer
+
+    from redepth.errors import RedepthError
+    from redepth.loading import load, load_tokenizer
+    from redepth.modeling.cache import parse_cache_rule
+    from redepth.modeling.depth import split_num_steps
+
+    for steps in num_steps or []:
+        split_num_steps(steps)
+    if cache_rule is not None:
+        parse_cache_rule(cache_rule)
+    if max_new_tokens < 1:
+        raise RedepthError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise RedepthError(f"--temperature {temperature} and --top-p {top_p} must be ≥ 0 and in (0, 1]")
+    model, tokenizer = load(checkpoint, dtype, device), load_tokenizer(checkpoint)
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    if inputs["input_ids"].shape[1] == 0:
+        raise RedepthError("the prompt is empty; give some text to continue")
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "cache_rule": cache_rule}
+    if temperature > 0:
+        options |= {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    else:
+        options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+    depths = num_steps or [model.config.mean_recurrence]
+    streams = len(depths) == 1 and not as_json
+    texts = {}
+    for depth in depths:
+        torch.manual_seed(seed)
+        streamer = TextStreamer(tokenizer, skip_special_tokens=True) if streams else None
+        ids = model.generate(**inputs, num_steps=depth, streamer=streamer, **options)
+        texts[depth] = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    if as_json:
+        print_json({"prompt": prompt, "continuations": texts})
+    elif not streams:
+        table = Table(*(f"r = {depth}" for depth in depths), title=prompt if not quiet else None, title_justify="left")
+        table.add_row(*texts.values())
+        results.print(table)

@@ -1,0 +1,73 @@
+"""Loading a recurrent checkpoint, from a folder or the hub."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoTokenizer
+
+from redepth.errors import RedepthError
+from redepth.modeling import RecurrentDepthConfig, RecurrentDepthForCausalLM
+
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    name: str | Path, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
+) -> RecurrentDepthForCausalLM:
+    """A recurrent model, in eval mode.
+
+    Args:
+        name: folder or hub id.
+        dtype: `auto` (as saved), a torch dtype or its name.
+        device: where to put it.
+
+    Raises:
+        RedepthError: where there is no such checkpoint, it is of another kind, or its weights don't fit.
+    """
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise RedepthError(f"dtype {dtype!r} is unknown; use {', '.join(DTYPES)}")
+        dtype = DTYPES[dtype]  # type: ignore[assignment]
+    _check_kind(name)
+    try:
+        model, report = RecurrentDepthForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    except (OSError, SafetensorError) as error:
+        raise RedepthError(f"checkpoint {str(name)!r} can't be read, perhaps cut short: {_first_line(error)}") from None
+    for problem, remedy in (("missing_keys", "lacks"), ("unexpected_keys", "has no place for"), ("mismatched_keys", "misfits")):
+        if report[problem]:
+            raise RedepthError(f"checkpoint {str(name)!r} {remedy} tensor {sorted(report[problem])[0]!r}")
+    return model.to(device).eval()
+
+
+def load_tokenizer(name: str | Path) -> Any:
+    """The tokenizer beside a checkpoint.
+
+    Raises:
+        RedepthError: where there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise RedepthError(f"checkpoint {str(name)!r} has no usable tokenizer: {_first_line(error)}") from None
+
+
+def _check_kind(name: str | Path) -> None:
+    text = str(name)
+    folder = Path(text).expanduser()
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise RedepthError(f"{text!r} has no config.json; give a folder made by redepth convert")
+    if not folder.exists() and (text.startswith((".", "/", "~")) or text.count("/") != 1):
+        raise RedepthError(f"checkpoint {text!r} does not exist; make one with redepth convert")
+    try:
+        values, _ = RecurrentDepthConfig.get_config_dict(folder if folder.exists() else text)
+    except (OSError, ValueError) as error:
+        raise RedepthError(f"checkpoint {text!r} has no readable configuration: {_first_line(error)}") from None
+    kind = values.get("model_type")
+    if kind != RecurrentDepthConfig.model_type:
+        raise RedepthError(f"{text!r} is a {kind!r} checkpoint, not a recurrent one; convert it with redepth convert first")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
