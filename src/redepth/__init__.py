@@ -6,6 +6,7 @@ Importing it registers the published `huginn_raven` format with transformers' Au
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .errors import RedepthError
+from .loading import load
 from .modeling import RecurrentDepthCache, RecurrentDepthConfig, RecurrentDepthForCausalLM
 from .surgery.convert import convert
 from .surgery.verify import verify
@@ -19,5 +20,6 @@ __all__ = [
     "RecurrentDepthForCausalLM",
     "RedepthError",
     "convert",
+    "load",
     "verify",
 ]

@@ -117,7 +117,7 @@ class HealTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         num_steps = depth_of_step(self.recipe, self.state.global_step, self.clock.progress)
-        return super().compute_loss(model, inputs | {"num_steps": num_steps}, *args, **kwargs)
+        return super().compute_loss(model, inputs | {"num_steps": num_steps, "loss_only": True}, *args, **kwargs)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None

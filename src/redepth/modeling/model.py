@@ -25,6 +25,7 @@ from .blocks import Block, PassContext, RMSNorm, rotations
 from .cache import RecurrentDepthCache
 from .configuration import RecurrentDepthConfig
 from .depth import sample_num_steps, split_num_steps
+from .loss import chunked_cross_entropy
 from .state import fresh_noise, position_noise
 
 MASK_MAKERS = {
@@ -345,6 +346,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         cache_rule: str | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        loss_only: bool = False,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -360,6 +362,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             state_seed: seed of a noise state; the config's by default. In training mode the default is fresh noise.
             cache_rule: rule of a cache made by this call; see `RecurrentDepthCache`.
             logits_to_keep: how many last tokens get logits, 0 for all, or their indices.
+            loss_only: with labels, compute the loss a few tokens at a time and return no logits.
 
         Raises:
             ValueError: for num_steps < 1, a mask that can't be honoured, or more tokens than `block_size`.
@@ -402,11 +405,15 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                 state = self._step(embedded, state, context, step, record)
         latent_states, hidden = self._leave(state, context, record)
 
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self._logits(hidden[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        logits = loss = None
+        if loss_only and labels is not None:
+            items = kwargs.get("num_items_in_batch")
+            loss = chunked_cross_entropy(hidden, labels, self._logits, self.config.vocab_size, items)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self._logits(hidden[:, kept])
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         output = RecurrentDepthOutput(
             loss=loss,
             logits=logits,

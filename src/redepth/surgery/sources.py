@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,9 @@ class Source(ABC):
 
     def tokenizer(self) -> Any | None:
         """The tokenizer, or None where the source has none."""
+        # Without its files, some tokenizer classes come up empty instead of failing.
+        if self.gguf_file is None and not any((self.folder / name).exists() for name in TOKENIZER_FILES):
+            return None
         try:
             return AutoTokenizer.from_pretrained(self.folder, **self._load_kwargs)
         except (OSError, ValueError, TypeError, KeyError) as error:

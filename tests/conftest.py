@@ -1,0 +1,35 @@
+"""Offline, seeded, two threads at most; shared sources and helpers."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.zoo import FAMILIES, save_source
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder with a tiny random transformers checkpoint for every family, by name."""
+    root = tmp_path_factory.mktemp("zoo")
+    return {name: save_source(name, root / name) for name in FAMILIES}
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def source(family: str, zoo: dict[str, Path]) -> Path:
+    return zoo[family]
