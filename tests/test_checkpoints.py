@@ -53,9 +53,10 @@ def test_save_load_save_gives_the_same_bytes(family: str, converted, tmp_path: P
     first, second, original = files_of(tmp_path / "first"), files_of(tmp_path / "second"), files_of(converted[family])
     assert first == second
     assert first["config.json"] == original["config.json"]
-    assert load_file(tmp_path / "first" / "model.safetensors").keys() == load_file(
-        converted[family] / "model.safetensors"
-    ).keys()
+    assert (
+        load_file(tmp_path / "first" / "model.safetensors").keys()
+        == load_file(converted[family] / "model.safetensors").keys()
+    )
 
 
 def test_modelling_files_are_redepths_own(converted) -> None:

@@ -96,9 +96,7 @@ def test_any_chunking_of_any_padded_batch(models, data: st.DataObject) -> None:
     logits = []
     for start, stop in zip([0, *cuts], [*cuts, width], strict=True):
         with torch.no_grad():
-            chunk = model(
-                ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, num_steps=NUM_STEPS
-            )
+            chunk = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, num_steps=NUM_STEPS)
         logits.append(chunk.logits)
     for row, row_mask, got in zip(rows, mask, torch.cat(logits, dim=1), strict=True):
         torch.testing.assert_close(got[row_mask.bool()], whole(model, row)[0], **CLOSE)

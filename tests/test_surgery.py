@@ -30,9 +30,7 @@ def mse(model, ids: torch.Tensor, wanted: torch.Tensor, num_steps: int) -> float
     return (model(ids, num_steps=num_steps, use_cache=False).logits - wanted).square().mean().item()
 
 
-@pytest.mark.parametrize(
-    ("adapter", "depths"), [("inject", (1, 2, 5)), ("blend:0.25", (1,)), ("blend:1", (1,))]
-)
+@pytest.mark.parametrize(("adapter", "depths"), [("inject", (1, 2, 5)), ("blend:0.25", (1,)), ("blend:1", (1,))])
 def test_full_cover_equals_source_in_the_saved_file(source: Path, tmp_path: Path, adapter: str, depths) -> None:
     redepth.convert(source, tmp_path / "out", core="2:4", adapter=adapter)
     model = redepth.load(tmp_path / "out")
@@ -223,7 +221,9 @@ def test_settings_that_redepth_has_not_are_refused(tmp_path: Path) -> None:
     save_source("llama", tmp_path / "biased", attention_bias=True)
     with pytest.raises(RedepthError, match="attention_bias=True"):
         redepth.convert(tmp_path / "biased", tmp_path / "out")
-    save_source("llama", tmp_path / "dynamic", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    save_source(
+        "llama", tmp_path / "dynamic", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    )
     with pytest.raises(RedepthError, match="dynamic"):
         redepth.convert(tmp_path / "dynamic", tmp_path / "out")
 

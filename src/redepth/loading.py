@@ -32,12 +32,17 @@ def load(
         dtype = DTYPES[dtype]  # type: ignore[assignment]
     _check_kind(name)
     try:
-        model, report = RecurrentDepthForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        loaded: Any = RecurrentDepthForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
     except (OSError, SafetensorError) as error:
         raise RedepthError(f"checkpoint {str(name)!r} can't be read, perhaps cut short: {_first_line(error)}") from None
-    for problem, remedy in (("missing_keys", "lacks"), ("unexpected_keys", "has no place for"), ("mismatched_keys", "misfits")):
+    model, report = loaded
+    for problem, said in (
+        ("missing_keys", "lacks"),
+        ("unexpected_keys", "has no place for"),
+        ("mismatched_keys", "has the wrong shape of"),
+    ):
         if report[problem]:
-            raise RedepthError(f"checkpoint {str(name)!r} {remedy} tensor {sorted(report[problem])[0]!r}")
+            raise RedepthError(f"checkpoint {str(name)!r} {said} tensor {min(report[problem])!r}")
     return model.to(device).eval()
 
 
@@ -66,7 +71,9 @@ def _check_kind(name: str | Path) -> None:
         raise RedepthError(f"checkpoint {text!r} has no readable configuration: {_first_line(error)}") from None
     kind = values.get("model_type")
     if kind != RecurrentDepthConfig.model_type:
-        raise RedepthError(f"{text!r} is a {kind!r} checkpoint, not a recurrent one; convert it with redepth convert first")
+        raise RedepthError(
+            f"{text!r} is a {kind!r} checkpoint, not a recurrent one; convert it with redepth convert first"
+        )
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,6 +1,6 @@
 """redepth chat"""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,7 +30,8 @@ def command(
 
     if num_steps is not None:
         split_num_steps(num_steps)
-    model, tokenizer = load(checkpoint, dtype, device), load_tokenizer(checkpoint)
+    model: Any = load(checkpoint, dtype, device)
+    tokenizer = load_tokenizer(checkpoint)
     if not tokenizer.chat_template:
         raise RedepthError(f"{checkpoint} has no chat template; use redepth generate")
     depth = num_steps if num_steps is not None else model.config.mean_recurrence

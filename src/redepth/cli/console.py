@@ -48,15 +48,20 @@ def progress_bar(quiet: bool) -> Iterator[Callable[..., None]]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=remarks, disable=quiet) as progress:
-        tasks: dict[str, Any] = {}
+    progress = Progress(*columns, console=remarks, disable=quiet)
+    tasks: dict[str, Any] = {}
 
-        def update(part: str, done: float, note: str = "") -> None:
-            if part not in tasks:
-                tasks[part] = progress.add_task(part, total=1.0, note="")
-            progress.update(tasks[part], completed=done, note=note)
+    def update(part: str, done: float, note: str = "") -> None:
+        progress.start()  # not before there is something to show, so that an early mistake stays one line
+        if part not in tasks:
+            tasks[part] = progress.add_task(part, total=1.0, note="")
+        progress.update(tasks[part], completed=done, note=note)
 
+    try:
         yield update
+    finally:
+        if tasks:
+            progress.stop()
 
 
 def loss_table(title: str, rows: dict[str, dict[int, float]]) -> Table:

@@ -1,20 +1,19 @@
 """redepth convert"""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from .console import AsJson, Quiet, hush_libraries, print_json, progress_bar, remarks, results
+from redepth.surgery.convert import DEFAULT_ADAPTER, DEFAULT_SHARD_SIZE, DEFAULT_STATE, Conversion, plan_conversion
 
-if TYPE_CHECKING:
-    from redepth.surgery.convert import Conversion
+from .console import AsJson, Quiet, hush_libraries, print_json, progress_bar, remarks, results
 
 SHOWN_DEPTHS = (1, 4, 8, 16, 32)
 
 
-def summary(conversion: "Conversion") -> dict[str, object]:
+def summary(conversion: Conversion) -> dict[str, object]:
     """What a conversion would make: plan, dropped layers, parameters, and FLOPs per token by depth."""
     count = conversion.parameters()
     return {
@@ -37,7 +36,7 @@ def summary(conversion: "Conversion") -> dict[str, object]:
     }
 
 
-def show(conversion: "Conversion") -> None:
+def show(conversion: Conversion) -> None:
     plan, count = conversion.plan, conversion.parameters()
     table = Table("part", "source layers", "parameters", title=f"{conversion.source.name}, {conversion.family.name}")
     for group in ("prelude", "core", "coda"):
@@ -60,14 +59,14 @@ def command(
     prelude: Annotated[str | None, typer.Option(help="Source layers before the core, such as 0:4.")] = None,
     core: Annotated[str | None, typer.Option(help="Source layers to loop; the middle fifth by default.")] = None,
     coda: Annotated[str | None, typer.Option(help="Source layers after the core.")] = None,
-    adapter: Annotated[str, typer.Option(help="inject, blend:α or random.")] = "blend:0.25",
-    state: Annotated[str, typer.Option(help="Initial state: embed, noise or zeros.")] = "embed",
+    adapter: Annotated[str, typer.Option(help="inject, blend:α or random.")] = DEFAULT_ADAPTER,
+    state: Annotated[str, typer.Option(help="Initial state: embed, noise or zeros.")] = DEFAULT_STATE,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the source's by default.")] = None,
     tie: Annotated[bool | None, typer.Option("--tie/--untie", help="Tie head and embedding; as the source.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of a random adapter.")] = 0,
     verify: Annotated[bool, typer.Option(help="Compare with the source when done.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
-    max_shard_size: Annotated[str, typer.Option(help="Largest weights file.")] = "1GB",
+    max_shard_size: Annotated[str, typer.Option(help="Largest weights file.")] = DEFAULT_SHARD_SIZE,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and its price; write nothing.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -78,7 +77,6 @@ def command(
     """
     hush_libraries()
     from redepth.errors import RedepthError
-    from redepth.surgery.convert import plan_conversion
     from redepth.surgery.verify import verify as verify_checkpoint
 
     from .verify import show as show_verification
@@ -97,7 +95,9 @@ def command(
             remarks.print("The source has no tokenizer, so none was written.")
         if verify:
             with remarks.status("verify") as status:
-                verification = verify_checkpoint(out, conversion.source, on_check=lambda part: status.update(f"verify: {part}"))
+                verification = verify_checkpoint(
+                    out, conversion.source, on_check=lambda part: status.update(f"verify: {part}")
+                )
             report["verification"] = verification.to_dict()
     if as_json:
         print_json(report)

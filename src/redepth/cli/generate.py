@@ -45,7 +45,8 @@ def command(
         raise RedepthError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
     if temperature < 0 or not 0 < top_p <= 1:
         raise RedepthError(f"--temperature {temperature} and --top-p {top_p} must be ≥ 0 and in (0, 1]")
-    model, tokenizer = load(checkpoint, dtype, device), load_tokenizer(checkpoint)
+    model: Any = load(checkpoint, dtype, device)
+    tokenizer = load_tokenizer(checkpoint)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     if inputs["input_ids"].shape[1] == 0:
         raise RedepthError("the prompt is empty; give some text to continue")

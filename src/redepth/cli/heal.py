@@ -23,9 +23,13 @@ def command(
     checkpoint: Annotated[Path, typer.Argument(metavar="OUT", help="Folder made by redepth convert.")],
     recipe: Annotated[Path | None, typer.Option(help="YAML file with a section 'heal'.")] = None,
     to: Annotated[Path | None, typer.Option(help="Write the healed model here instead of in place.")] = None,
-    data: Annotated[str | None, typer.Option(help="python-docs, a .txt, .jsonl or .parquet file, or a datasets id.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="python-docs, a .txt, .jsonl or .parquet file, or a datasets id.")
+    ] = None,
     text_column: Annotated[str | None, typer.Option(help="Column that holds the text.")] = None,
-    validation: Annotated[str | None, typer.Option(help="Held-out text; the data's first documents by default.")] = None,
+    validation: Annotated[
+        str | None, typer.Option(help="Held-out text; the data's first documents by default.")
+    ] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens in a row.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows in an optimiser step.")] = None,
     micro_batch_size: Annotated[int | None, typer.Option(help="Rows in memory at once.")] = None,

@@ -42,11 +42,19 @@ def open_text(spec: str, column: str = "text") -> IterableDataset:
             stream = load_dataset(spec, split="train", streaming=True)
         except Exception as error:  # datasets raises its own and the hub's kinds alike
             first_line = str(error).partition("\n")[0]
-            raise RedepthError(f"data {spec!r} is no local file and could not be loaded by datasets: {first_line}") from None
+            raise RedepthError(
+                f"data {spec!r} is no local file and could not be loaded by datasets: {first_line}"
+            ) from None
     columns = stream.column_names or list(next(iter(stream), {}))
     if column not in columns:
-        raise RedepthError(f"data {spec!r} has no column {column!r}, only {', '.join(columns)}; name it with --text-column")
-    return stream.select_columns([column]).rename_column(column, "text") if column != "text" else stream.select_columns(["text"])
+        raise RedepthError(
+            f"data {spec!r} has no column {column!r}, only {', '.join(columns)}; name it with --text-column"
+        )
+    return (
+        stream.select_columns([column]).rename_column(column, "text")
+        if column != "text"
+        else stream.select_columns(["text"])
+    )
 
 
 def rows_of(documents: Iterator[dict[str, Any]], tokenizer: Any, length: int) -> Iterator[list[int]]:
@@ -119,5 +127,7 @@ def training_and_held_out(
         held_out, used = held_out_rows(training, tokenizer, length, rows)
         training = training.skip(used)
         if next(iter(training), None) is None:
-            raise RedepthError(f"data {data!r} has no documents left for training; name held-out text with --validation")
+            raise RedepthError(
+                f"data {data!r} has no documents left for training; name held-out text with --validation"
+            )
     return PackedText(training, tokenizer, length, seed), held_out

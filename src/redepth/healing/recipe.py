@@ -26,7 +26,6 @@ class HealRecipe(BaseModel):
         curriculum: how the mean gets there, from `curriculum_start` over `curriculum_fraction` of the run.
         backprop_depth: how many of the last steps carry a gradient.
         precision: `auto` is bf16 where the processor has it.
-        gradient_checkpointing: recompute layers in the backward pass instead of keeping them.
         eval_depths, eval_rows: numbers of steps, and held-out rows, of the losses before and after.
         save_every: optimiser steps between checkpoints to resume from.
         seed: of the data order, the sampled depths and the noise.
@@ -53,7 +52,6 @@ class HealRecipe(BaseModel):
     curriculum_fraction: float = Field(0.5, gt=0, le=1)
     backprop_depth: int = Field(8, ge=1)
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    gradient_checkpointing: bool = False
     eval_depths: tuple[int, ...] = (1, 2, 4, 8, 16)
     eval_rows: int = Field(16, ge=1)
     save_every: int = Field(100, ge=1)

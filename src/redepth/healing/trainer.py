@@ -123,8 +123,10 @@ class HealTrainer(Trainer):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
         if self.lr_scheduler is None:
+            optimizer = optimizer or self.optimizer
+            assert optimizer is not None
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer or self.optimizer,
+                optimizer,
                 # The rate of the step that is about to be taken, so that the first one is not zero.
                 lambda step: learning_rate_factor(
                     self.recipe, max(self.clock.progress, (step + 1) / (self.recipe.max_steps + 1))
@@ -138,7 +140,9 @@ class HealTrainer(Trainer):
             rate = tokens / self.clock.elapsed if self.clock.elapsed else None
             depth = mean_recurrence(self.recipe, self.clock.progress)
             logs = logs | {"mean_recurrence": depth}
-            self.on_progress(Progress("training", self.clock.progress, self.state.global_step, logs["loss"], depth, rate))
+            self.on_progress(
+                Progress("training", self.clock.progress, self.state.global_step, logs["loss"], depth, rate)
+            )
         super().log(logs, start_time)
 
 
@@ -173,7 +177,6 @@ def _training_arguments(recipe: HealRecipe, work: Path, bf16: bool) -> TrainingA
         learning_rate=recipe.learning_rate,
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
-        gradient_checkpointing=recipe.gradient_checkpointing,
         bf16=bf16,
         use_cpu=not torch.cuda.is_available(),
         optim="adamw_torch_fused",
@@ -265,7 +268,9 @@ def heal(
         begun = {"recipe": settings, "loss_before": before}
         write_json(work / BEFORE_FILE, begun)
     elif begun["recipe"] != settings:
-        raise RedepthError(f"{work} holds a run with another recipe; finish that one, or remove the folder to start over")
+        raise RedepthError(
+            f"{work} holds a run with another recipe; finish that one, or remove the folder to start over"
+        )
 
     trainer = HealTrainer(
         recipe,
@@ -306,7 +311,6 @@ def _save(
     model.config.mean_recurrence = round(settings.mean_recurrence)
     model.config.mean_backprop_depth = settings.backprop_depth
     model.config.use_cache = True
-    model.gradient_checkpointing_disable()
     with whole_folder(target, overwrite=target == folder) as beside:
         for file in folder.iterdir():
             if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json")):

@@ -102,9 +102,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
             self.rope_parameters = {"rope_type": "default", "rope_theta": float(self.rope_base)}
         std = (2 / (5 * self.n_embd)) ** 0.5
         effective_depth = (
-            self.n_layers_in_prelude
-            + self.n_layers_in_coda
-            + self.n_layers_in_recurrent_block * self.mean_recurrence
+            self.n_layers_in_prelude + self.n_layers_in_coda + self.n_layers_in_recurrent_block * self.mean_recurrence
         )
         published_start = {
             "std": std,

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import PreTrainedModel
@@ -191,7 +190,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             else:
                 position_ids = torch.arange(past, total, device=hidden.device)[None]
         layer_types = sorted(set(self.config.layer_types or ["full_attention"]))
-        mask_inputs = {
+        mask_inputs: dict[str, Any] = {
             "config": self.config,
             "inputs_embeds": hidden,
             "attention_mask": attention_mask,

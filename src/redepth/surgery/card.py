@@ -47,7 +47,9 @@ def _verification_section(verification: dict[str, Any] | None) -> str:
         for check in verification["checks"]
     ]
     header = ["check", "r", "logits MSE", "largest difference", "KL (nats)", "top-1 agreement", "verdict"]
-    return f"Logits in fp32 on {verification['num_tokens']} tokens of {verification['text']}.\n\n" + _table(header, rows)
+    return f"Logits in fp32 on {verification['num_tokens']} tokens of {verification['text']}.\n\n" + _table(
+        header, rows
+    )
 
 
 def _healing_section(healing: dict[str, Any] | None) -> str:

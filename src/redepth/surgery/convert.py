@@ -32,6 +32,7 @@ from .weights import (
 )
 
 DEFAULT_ADAPTER = "blend:0.25"
+DEFAULT_STATE = "embed"
 DEFAULT_SHARD_SIZE = "1GB"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -146,7 +147,11 @@ class Conversion:
     def _check(self) -> None:
         names = self.source.tensor_names()
         head, embedding = self.family.outer[HEAD], self.family.outer[EMBEDDING]
-        if self.config.tie_embeddings and head in names and not torch.equal(self.source.read(head), self.source.read(embedding)):
+        if (
+            self.config.tie_embeddings
+            and head in names
+            and not torch.equal(self.source.read(head), self.source.read(embedding))
+        ):
             raise RedepthError(
                 f"source {self.source.name!r} has a head {head!r} that differs from its embedding; leave --tie out"
             )
@@ -178,7 +183,9 @@ class Conversion:
         model.tie_weights()
         left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
         if left:
-            raise RedepthError(f"the conversion gave no tensor {left[0]!r}; this is a bug in the family {self.family.name}")
+            raise RedepthError(
+                f"the conversion gave no tensor {left[0]!r}; this is a bug in the family {self.family.name}"
+            )
         return model.eval()
 
     def recipe(self) -> dict[str, Any]:
@@ -231,7 +238,7 @@ def save_definition(config: RecurrentDepthConfig, folder: Path, dtype: torch.dty
         model = RecurrentDepthForCausalLM(config)
     config.architectures = [type(model).__name__]
     config.dtype = dtype
-    custom_object_save(model, folder, config=config)
+    custom_object_save(model, folder, config=config)  # type: ignore[arg-type]
     config.save_pretrained(folder)
 
 
@@ -266,12 +273,14 @@ def _write_shards(
     if len(shards) == 1:
         (folder / "shard-0").rename(folder / SINGLE_FILE)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for index, names in enumerate(shards):
         file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"shard-{index}").rename(folder / file)
         weight_map |= dict.fromkeys(names, file)
-    index_text = json.dumps({"metadata": {"total_size": total_size}, "weight_map": weight_map}, indent=2, sort_keys=True)
+    index_text = json.dumps(
+        {"metadata": {"total_size": total_size}, "weight_map": weight_map}, indent=2, sort_keys=True
+    )
     (folder / INDEX_FILE).write_text(index_text + "\n", encoding="utf-8")
 
 
@@ -293,7 +302,7 @@ def plan_conversion(
     core: str | None = None,
     coda: str | None = None,
     adapter: str = DEFAULT_ADAPTER,
-    state: str = "embed",
+    state: str = DEFAULT_STATE,
     dtype: str | None = None,
     tie: bool | None = None,
     seed: int = 0,
@@ -332,7 +341,7 @@ def convert(
     core: str | None = None,
     coda: str | None = None,
     adapter: str = DEFAULT_ADAPTER,
-    state: str = "embed",
+    state: str = DEFAULT_STATE,
     dtype: str | None = None,
     tie: bool | None = None,
     seed: int = 0,

@@ -26,7 +26,9 @@ def read_recipe(folder: Path) -> dict[str, Any]:
     """
     file = folder / RECIPE_FILE
     if not file.exists():
-        raise RedepthError(f"{folder} has no {RECIPE_FILE}, so it was not made by redepth convert; convert its source first")
+        raise RedepthError(
+            f"{folder} has no {RECIPE_FILE}, so it was not made by redepth convert; convert its source first"
+        )
     return yaml.safe_load(file.read_text(encoding="utf-8"))
 
 

@@ -100,13 +100,13 @@ def make_plan(num_layers: int, prelude: str | None = None, core: str | None = No
     core_layers = _parse_range("core", core, num_layers)
     if not core_layers:
         raise RedepthError(f"--core {core} holds no layer; the core needs at least one")
-    prelude_layers = (
-        tuple(range(core_layers[0])) if prelude is None else _parse_range("prelude", prelude, num_layers)
-    )
+    prelude_layers = tuple(range(core_layers[0])) if prelude is None else _parse_range("prelude", prelude, num_layers)
     coda_layers = (
         tuple(range(core_layers[-1] + 1, num_layers)) if coda is None else _parse_range("coda", coda, num_layers)
     )
     plan = Plan(prelude_layers, core_layers, coda_layers, num_layers)
     if list(plan.layers) != sorted(set(plan.layers)):
-        raise RedepthError(f"plan {plan} uses layers twice or out of order; prelude, core and coda must follow each other")
+        raise RedepthError(
+            f"plan {plan} uses layers twice or out of order; prelude, core and coda must follow each other"
+        )
     return plan

@@ -143,7 +143,7 @@ class SafetensorsSource(Source):
         single = self.folder / SINGLE_FILE
         if single.exists():
             with _open(single) as reader:
-                return {name: single for name in reader.keys()}  # noqa: SIM118 (not a dict)
+                return dict.fromkeys(reader.keys(), single)
         if list(self.folder.glob("*.bin")) or list(self.folder.glob("*.pth")):
             raise RedepthError(
                 f"source {self.name!r} holds pickled weights (.bin), which can run code when read; load it once with "
@@ -172,9 +172,7 @@ class GGUFSource(Source):
 
     dtype = torch.float32
 
-    def __init__(
-        self, name: str, file: Path, license: str | None = None, base_model: str | None = None
-    ) -> None:
+    def __init__(self, name: str, file: Path, license: str | None = None, base_model: str | None = None) -> None:
         super().__init__(name, file.parent)
         self.base_model = base_model
         self.gguf_file = file.name
@@ -207,7 +205,11 @@ class GGUFSource(Source):
             model = AutoModelForCausalLM.from_config(self.config)
         names = get_gguf_hf_weights_map(model, self._processor)
         # rope_freqs is a table that the configuration implies; anything else unknown is reported by the weight table.
-        return {names.get(entry.name, entry.name): entry for entry in self._reader.tensors if entry.name != "rope_freqs.weight"}
+        return {
+            names.get(entry.name, entry.name): entry
+            for entry in self._reader.tensors
+            if entry.name != "rope_freqs.weight"
+        }
 
     def tensor_names(self) -> list[str]:
         return list(self._tensors)
@@ -224,7 +226,9 @@ def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise RedepthError(f"{file} is not a readable safetensors file, perhaps cut short: {_first_line(error)}") from None
+        raise RedepthError(
+            f"{file} is not a readable safetensors file, perhaps cut short: {_first_line(error)}"
+        ) from None
 
 
 def _first_line(error: BaseException) -> str:
@@ -273,7 +277,9 @@ def open_source(name: str | Path) -> Source:
     if text.startswith((".", "/", "~")) or text.count("/") > 1 or path.suffix == ".gguf":
         raise RedepthError(f"source {text!r} does not exist")
     try:
-        folder = snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"])
+        folder = snapshot_download(
+            text, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         known = ", ".join(BUILT_INS)
         raise RedepthError(

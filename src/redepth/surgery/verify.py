@@ -13,7 +13,7 @@ from redepth.modeling import RecurrentDepthForCausalLM
 from redepth.text import python_docs
 
 from .card import write_card
-from .convert import Conversion, plan_conversion
+from .convert import plan_conversion
 from .folder import HEALING_FILE, VERIFICATION_FILE, read_recipe, write_json
 from .plan import Plan
 from .sources import Source, open_source
@@ -58,9 +58,7 @@ class Verification:
         return {"passed": self.passed, **asdict(self)}
 
 
-def compare(
-    name: str, num_steps: int, wanted: torch.Tensor, got: torch.Tensor, must: str | None = "equal"
-) -> Check:
+def compare(name: str, num_steps: int, wanted: torch.Tensor, got: torch.Tensor, must: str | None = "equal") -> Check:
     """Compare logits `[batch, tokens, vocabulary]`.
 
     Args:
@@ -114,7 +112,7 @@ def _round_to(model: Any, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def verify(
-    out: str | Path, against: str | Path | None = None, on_check: Callable[[str], None] | None = None
+    out: str | Path, against: str | Path | Source | None = None, on_check: Callable[[str], None] | None = None
 ) -> Verification:
     """Compare a converted checkpoint, and its full-cover twin, with the source; write the figures into the folder.
 
@@ -132,7 +130,7 @@ def verify(
     """
     folder = Path(out)
     recipe = read_recipe(folder)["convert"]
-    source = open_source(against if against is not None else recipe["source"])
+    source = against if isinstance(against, Source) else open_source(against or recipe["source"])
     conversion = plan_conversion(
         source,
         recipe["prelude"],

@@ -1,0 +1,155 @@
+"""The commands as a user runs them: a good run, a wrong one, and the help."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from redepth.cli import main
+from tests.test_healing import byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def source(zoo, tmp_path_factory) -> Path:
+    import shutil
+
+    folder = tmp_path_factory.mktemp("cli") / "source"
+    shutil.copytree(zoo["qwen3"], folder)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(source: Path) -> Path:
+    import redepth
+
+    out = source.parent / "recurrent"
+    redepth.convert(source, out, core="2:4")
+    return out
+
+
+@pytest.fixture
+def redepth_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["redepth", *map(str, words)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+COMMANDS = ("convert", "verify", "heal", "generate", "chat")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_an_example(redepth_command, name: str) -> None:
+    code, out, _ = redepth_command(name, "--help")
+    assert code == 0
+    assert f"Example: redepth {name}" in out
+
+
+def test_dry_run_prints_the_price_and_writes_nothing(redepth_command, source: Path, tmp_path: Path) -> None:
+    code, out, _ = redepth_command(
+        "convert", source, tmp_path / "out", "--core", "3:4", "--coda", "5:6", "--dry-run", "--json"
+    )
+    report = json.loads(out)
+    assert code == 0
+    assert report["dropped_layers"] == [4]
+    assert set(report["forward_flops_per_token"]) == {"1", "4", "8", "16", "32"}
+    assert report["parameters"]["total"] == sum(
+        count for part, count in report["parameters"].items() if part != "total"
+    )
+    assert list(tmp_path.iterdir()) == []
+    code, out, _ = redepth_command("convert", source, "--dry-run")
+    assert "forward FLOPs per token" in out
+
+
+def test_convert_verifies_and_reports(redepth_command, source: Path, tmp_path: Path) -> None:
+    code, out, _ = redepth_command("convert", source, tmp_path / "out", "--core", "2:4", "--json")
+    assert code == 0
+    assert json.loads(out)["verification"]["passed"]
+    code, out, _ = redepth_command("verify", tmp_path / "out", "--against", source)
+    assert code == 0
+    assert "differs" in out
+
+
+def test_failed_verification_is_an_exit_code(redepth_command, source: Path, zoo, tmp_path: Path) -> None:
+    redepth_command("convert", source, tmp_path / "out", "--core", "2:4", "--no-verify", "-q")
+    code, _, err = redepth_command("verify", tmp_path / "out", "--against", zoo["llama"], "-q")
+    assert code == 2
+    assert err.count("\n") == 1
+
+
+def test_heal_and_generate(redepth_command, source: Path, tmp_path: Path) -> None:
+    out_folder = tmp_path / "out"
+    redepth_command("convert", source, out_folder, "--core", "2:4", "--no-verify", "-q")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "heal: {sequence_length: 16, batch_size: 2, micro_batch_size: 2, eval_rows: 2, eval_depths: [1, 3]}"
+    )
+    code, out, _ = redepth_command("heal", out_folder, "--recipe", recipe, "--max-steps", 2, "--json")
+    assert code == 0
+    assert set(json.loads(out)["loss_after"]) == {"1", "3"}
+    code, out, _ = redepth_command("generate", out_folder, "a depth", "--num-steps", 2, "--max-new-tokens", 4)
+    assert code == 0
+    assert "d e p t h" in out
+    code, out, _ = redepth_command(
+        "generate", out_folder, "a depth", "--num-steps", 1, "--num-steps", 4, "--max-new-tokens", 4, "--json"
+    )
+    assert set(json.loads(out)["continuations"]) == {"1", "4"}
+    code, out, _ = redepth_command(
+        "generate", out_folder, "a depth", "--num-steps", 1, "--num-steps", 4, "--temperature", 1
+    )
+    assert "r = 4" in out
+
+
+def test_chat(redepth_command, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = iter(["hello", "/steps 3", "/steps 0", "/steps x", "/nonsense", "/reset", "again", "/quit"])
+    prompts = []
+    monkeypatch.setattr("builtins.input", lambda prompt: (prompts.append(prompt), next(said))[1])
+    code, out, _ = redepth_command("chat", checkpoint, "--max-new-tokens", 3)
+    assert code == 0
+    assert prompts[0] == "[r = 1] > "
+    assert prompts[-1] == "[r = 3] > "
+    assert "at least 1" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["convert", "{source}", "{out}", "--core", "2:99"], "has 6 layers"),
+        (["convert", "{source}"], "OUT is missing"),
+        (["convert", "{source}", "{checkpoint}"], "already exists"),
+        (["verify", "{source}"], "not made by redepth convert"),
+        (["heal", "{source}"], "not made by redepth convert"),
+        (["heal", "{checkpoint}", "--recipe", "none.yaml"], "none.yaml does not exist"),
+        (["heal", "{checkpoint}", "--data", "none.jsonl"], "'none.jsonl' does not exist"),
+        (["heal", "{checkpoint}", "--learning-rate", "-1"], "learning_rate"),
+        (["generate", "{out}", "hi"], "does not exist"),
+        (["generate", "{source}", "hi"], "not a recurrent one"),
+        (["generate", "{checkpoint}", "hi", "--num-steps", "0"], "at least 1"),
+        (["generate", "{checkpoint}", "hi", "--cache-rule", "ring"], "unknown cache rule 'ring'"),
+        (["generate", "{checkpoint}", "hi", "--temperature", "-1"], "--temperature"),
+        (["generate", "{checkpoint}", "hello " * 40], "128 this model allows"),
+        (["chat", "{checkpoint}", "--num-steps", "-3"], "at least 1"),
+    ],
+)
+def test_mistakes_end_in_one_line(redepth_command, source, checkpoint, tmp_path: Path, words, message) -> None:
+    places = {"source": source, "checkpoint": checkpoint, "out": tmp_path / "out"}
+    code, _, err = redepth_command(*(word.format(**places) for word in words))
+    assert code == 2
+    assert message in err
+    assert err.startswith("redepth: ")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_options_exit_with_two(redepth_command) -> None:
+    assert redepth_command("convert", "--cores", "1:2")[0] == 2
