@@ -91,7 +91,7 @@ def command(
     if out is not None and not dry_run:
         with progress_bar(quiet) as update:
             conversion.write(out, overwrite, max_shard_size, lambda done, total: update("convert", done / total))
-        if conversion.source.tokenizer() is None and not quiet:
+        if conversion.source.tokenizer is None and not quiet:
             remarks.print("The source has no tokenizer, so none was written.")
         if verify:
             with remarks.status("verify") as status:

@@ -5,6 +5,7 @@ Shapes: B batch, T new tokens, S stored and new tokens, D width, H query heads, 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from .configuration import RecurrentDepthConfig
 class PassContext:
     """What every layer of one forward pass shares."""
 
-    masks: dict[str, torch.Tensor | None]  # by layer type
+    masks: dict[str, Any]  # by layer type, as the attention implementation takes them
     rotations: dict[str, tuple[torch.Tensor, torch.Tensor]]  # by layer type: cos and sin, [B, T, K/2] in fp32
     cache: RecurrentDepthCache | None
     position_ids: torch.Tensor  # [B, T]

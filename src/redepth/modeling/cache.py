@@ -161,7 +161,7 @@ class RecurrentDepthCache(Cache):
                 f"steps, but one ran {shallowest}; use cache_rule='latest' or start from an empty cache"
             )
 
-    def update(  # type: ignore[override]
+    def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, step: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the new tokens' keys and values, and return all that they may read.
@@ -239,7 +239,7 @@ class RecurrentDepthCache(Cache):
         self.layers.clear()
         self.length, self.steps_run, self.padding_mask = 0, [], None
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         if self.padding_mask is not None:
             self.padding_mask = self.padding_mask.index_select(0, beam_idx.to(self.padding_mask.device))

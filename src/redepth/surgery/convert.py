@@ -223,7 +223,7 @@ class Conversion:
         with whole_folder(out, overwrite) as folder:
             _write_shards(self.tensors(), folder, len(self.table) + 1, max_shard_size, on_tensor)
             save_definition(self.config, folder, self.dtype)
-            tokenizer = self.source.tokenizer()
+            tokenizer = self.source.tokenizer
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             self.source.generation_config().save_pretrained(folder)

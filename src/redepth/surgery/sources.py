@@ -99,6 +99,7 @@ class Source(ABC):
     def read(self, name: str) -> torch.Tensor:
         """One tensor, in the dtype it is stored in. The caller owns the only copy."""
 
+    @cached_property
     def tokenizer(self) -> Any | None:
         """The tokenizer, or None where the source has none."""
         # Without its files, some tokenizer classes come up empty instead of failing.

@@ -1,0 +1,5 @@
+"""python -m redepth"""
+
+from redepth.cli import main
+
+main()
