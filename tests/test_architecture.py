@@ -6,7 +6,18 @@ from pathlib import Path
 import redepth
 
 PACKAGE = Path(redepth.__file__).parent
-MODELING_MAY_IMPORT = {"torch", "transformers", "collections", "contextlib", "dataclasses", "math", "re", "typing"}
+MODELING_MAY_IMPORT = {
+    "torch",
+    "transformers",
+    "safetensors",
+    "json",
+    "collections",
+    "contextlib",
+    "dataclasses",
+    "math",
+    "re",
+    "typing",
+}
 
 
 def imports_of(file: Path) -> list[tuple[str, int]]:

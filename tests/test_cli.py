@@ -99,7 +99,7 @@ def test_heal_and_generate(redepth_command, source: Path, tmp_path: Path) -> Non
     assert set(json.loads(out)["loss_after"]) == {"1", "3"}
     code, out, _ = redepth_command("generate", out_folder, "a depth", "--num-steps", 2, "--max-new-tokens", 4)
     assert code == 0
-    assert "d e p t h" in out
+    assert "a depth" in out
     code, out, _ = redepth_command(
         "generate", out_folder, "a depth", "--num-steps", 1, "--num-steps", 4, "--max-new-tokens", 4, "--json"
     )

@@ -227,6 +227,8 @@ def test_unknown_arguments_and_caches_are_refused(models) -> None:
     model = models["llama"]
     with pytest.raises(TypeError, match="num_step'"):
         model(random_ids(1, 3), num_step=4)
+    with pytest.raises(TypeError, match="is_causal'"):
+        model(random_ids(1, 3), is_causal=False)
     with pytest.raises(TypeError, match="DynamicCache"):
         model(random_ids(1, 3), past_key_values=DynamicCache())
     with pytest.raises(ValueError, match="128 this model allows"):

@@ -199,6 +199,9 @@ class Block(GradientCheckpointingLayer):
         self.placement = config.norm_placement
         self.attn = Attention(config, layer)
         self.mlp = GatedMLP(config)
+        # How a fresh model starts these; transformers initialises a module by itself, without its place.
+        self.attn.proj.fresh_start = self.mlp.proj.fresh_start = "narrow"  # type: ignore[assignment]
+        self.mlp.fc.fresh_start = "up half narrow"  # type: ignore[assignment]
         self.norm_1 = RMSNorm(config.n_embd, config)
         self.norm_2 = RMSNorm(config.n_embd, config)
         if self.placement in ("sandwich", "huginn"):

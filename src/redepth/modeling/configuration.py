@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from transformers.configuration_utils import PreTrainedConfig
 
+# The published names among them mean the same.
+STATE_MODES = {"noise": "noise", "like-init": "noise", "zeros": "zeros", "zero": "zeros", "embed": "embed"}
 NormPlacement = Literal["pre", "post", "sandwich", "huginn"]
 
 
@@ -85,7 +87,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
     final_logit_softcapping: float | None = None
 
     norm_before_coda: bool = True
-    initial_state_mode: Literal["noise", "zeros", "embed"] = "noise"
+    initial_state_mode: str = "noise"
     state_std: float | None = None
     state_scale: float | None = None
     state_seed: int = 0
@@ -98,8 +100,19 @@ class RecurrentDepthConfig(PreTrainedConfig):
         if self.head_dim is None:
             self.head_dim = self.n_embd // self.n_heads
         self.n_layers = self.n_layers_in_prelude + self.n_layers_in_recurrent_block + self.n_layers_in_coda
-        if self.rope_parameters is None:
-            self.rope_parameters = {"rope_type": "default", "rope_theta": float(self.rope_base)}
+        # Published configs give the table's padded size, and some their rope in the older keys.
+        self.vocab_size = kwargs.pop("padded_vocab_size", None) or self.vocab_size
+        theta = kwargs.get("rope_theta") or self.rope_base
+        if self.rope_parameters is None and not kwargs.get("rope_scaling"):
+            self.rope_parameters = {"rope_type": "default", "rope_theta": float(theta)}
+        published_state = kwargs.pop("state_init", None)
+        if published_state is not None and self.initial_state_mode == "noise":
+            self.initial_state_mode = published_state
+        if self.initial_state_mode not in STATE_MODES:
+            raise ValueError(
+                f"initial_state_mode is {self.initial_state_mode!r}; redepth knows {', '.join(STATE_MODES)}"
+            )
+        self.initial_state_mode = STATE_MODES[self.initial_state_mode]
         std = (2 / (5 * self.n_embd)) ** 0.5
         effective_depth = (
             self.n_layers_in_prelude + self.n_layers_in_coda + self.n_layers_in_recurrent_block * self.mean_recurrence

@@ -8,25 +8,32 @@
 (Geiping et al. 2025, section 3.1; McLeish et al. 2025, section 3.) Shapes: B batch, T new tokens, D width, V vocabulary.
 """
 
+import json
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, ModelOutput
+from transformers.utils.hub import cached_file
 
-from .blocks import Block, PassContext, RMSNorm, rotations
+from .blocks import Attention, Block, PassContext, RMSNorm, rotations
 from .cache import RecurrentDepthCache
 from .configuration import RecurrentDepthConfig
 from .depth import sample_num_steps, split_num_steps
+from .kinds import complete_published_config, find_kind
 from .loss import chunked_cross_entropy
 from .state import fresh_noise, position_noise
 
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+# What the Trainer and generate() pass along besides the named arguments.
+TAKEN_ARGUMENTS = {"num_items_in_batch", "output_attentions", "tokenizer", "assistant_tokenizer"}
 MASK_MAKERS = {
     "full_attention": create_causal_mask,
     "sliding_attention": create_sliding_window_causal_mask,
@@ -54,6 +61,20 @@ class RecurrentDepthOutput(ModelOutput):
     latent_states: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     stats: dict[str, Any] | None = None
+
+
+def _tensor_names(checkpoint: Any, where: dict[str, Any]) -> list[str] | None:
+    """Names of a checkpoint's tensors, from its safetensors headers; None where it has none."""
+    for file_name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME):
+        file = cached_file(checkpoint, file_name, _raise_exceptions_for_missing_entries=False, **where)
+        if file is None:
+            continue
+        if file_name == SAFE_WEIGHTS_INDEX_NAME:
+            with open(file, encoding="utf-8") as index:
+                return list(json.load(index)["weight_map"])
+        with safe_open(file, framework="pt") as reader:
+            return list(reader.keys())
+    return None
 
 
 class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
@@ -93,6 +114,28 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, config: Any = None, **kwargs: Any
+    ) -> Any:
+        """As in transformers; a published config that leaves its kind open is completed from the tensor names.
+
+        Raises:
+            ValueError: for a checkpoint that fits no published kind, naming the tensors.
+        """
+        where = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
+        if not isinstance(config, RecurrentDepthConfig):
+            config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **where)
+            for key in set(kwargs) & set(config.to_dict()) - {"dtype"}:
+                setattr(config, key, kwargs.pop(key))
+        if pretrained_model_name_or_path is not None and not kwargs.get("gguf_file"):
+            written, _ = cls.config_class.get_config_dict(pretrained_model_name_or_path, **where)
+            if "norm_placement" not in written:
+                names = _tensor_names(pretrained_model_name_or_path, where)
+                if names is not None:
+                    complete_published_config(config, written, find_kind(names))
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """The published start: normal cut at ±3 std, output projections and the mlp's up half narrower by depth."""
@@ -107,17 +150,14 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         elif isinstance(module, RMSNorm):
             init.zeros_(module.weight) if module.one_plus else init.ones_(module.weight)
         elif isinstance(module, nn.Linear):
-            cut_normal(module.weight, std)
+            start = getattr(module, "fresh_start", "plain")
+            cut_normal(module.weight, narrow if start == "narrow" else std)
+            if start == "up half narrow" and not getattr(module.weight, "_is_hf_initialized", False):
+                cut_normal(module.weight.chunk(2)[1], narrow)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, Block):
-            # Called after the block's own layers, whose plain start it narrows.
-            cut_normal(module.attn.proj.weight, narrow)
-            cut_normal(module.mlp.proj.weight, narrow)
-            if not getattr(module.mlp.fc.weight, "_is_hf_initialized", False):
-                cut_normal(module.mlp.fc.weight.chunk(2)[1], narrow)
-            if self.config.qk_bias:
-                init.zeros_(module.attn.qk_bias)
+        elif isinstance(module, Attention) and self.config.qk_bias:
+            init.zeros_(module.qk_bias)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.transformer["wte"]
@@ -367,7 +407,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: for num_steps < 1, a mask that can't be honoured, or more tokens than `block_size`.
             TypeError: for an unknown argument or a cache of another model.
         """
-        unknown = set(kwargs) - set(TransformersKwargs.__optional_keys__)
+        unknown = set(kwargs) - TAKEN_ARGUMENTS
         if unknown:
             raise TypeError(f"forward() got an unknown argument {min(unknown)!r}; see its documentation")
         if kwargs.get("output_attentions"):

@@ -1,0 +1,263 @@
+"""Every published kind loads, runs and round-trips; the oracle of the retrofits is transformers' own layers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+import redepth
+from redepth.modeling.kinds import RETROFIT_STATE_STD
+from tests.test_golden import FOLDER as HUGINN
+from tests.test_healing import byte_tokenizer
+from tests.zoo import VOCABULARY, make_model, random_ids
+
+PRELUDE, CORE, CODA = (0, 1), (2, 3), (4, 5)
+RETROFITS = {"llama": "llama", "llama-untied": "llama", "olmo2": "olmo2"}
+
+
+def published_config(config: Any, **changes: Any) -> dict[str, Any]:
+    """The keys that a retrofitted upload's config has; none of redepth's switches."""
+    rope = dict(config.rope_parameters)
+    theta = rope.pop("rope_theta")
+    return {
+        "model_type": "huginn_raven",
+        "architectures": ["RavenForCausalLM"],
+        "auto_map": {"AutoModelForCausalLM": "raven_modeling_minimal.RavenForCausalLM"},
+        "n_embd": config.hidden_size,
+        "n_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "intermediate_size": config.intermediate_size,
+        "n_layers_in_prelude": len(PRELUDE),
+        "n_layers_in_recurrent_block": len(CORE),
+        "n_layers_in_coda": len(CODA),
+        "mean_recurrence": 4,
+        "mean_backprop_depth": 8,
+        "block_size": 64,
+        "vocab_size": VOCABULARY,
+        "tie_embeddings": config.tie_word_embeddings,
+        "norm_eps": config.rms_norm_eps,
+        "qk_bias": False,
+        "rope_theta": theta,
+        "rope_scaling": None if rope["rope_type"] == "default" else rope,
+        "torch_dtype": "float32",
+    } | changes
+
+
+def published_tensors(model: Any, adapter: torch.Tensor) -> dict[str, torch.Tensor]:
+    source = model.state_dict()
+    tensors = {
+        "transformer.wte.weight": source["model.embed_tokens.weight"],
+        "transformer.ln_f.weight": source["model.norm.weight"],
+        "transformer.adapter.weight": adapter,
+        "lm_head.weight": source["lm_head.weight"],
+        "freqs_cis": torch.randn(1, 64, 1, 4, 2),
+    }
+    post = "model.layers.0.post_feedforward_layernorm.weight" in source
+    norms = ("post_attention", "post_feedforward") if post else ("input", "post_attention")
+    for group, layers in (("prelude", PRELUDE), ("core_block", CORE), ("coda", CODA)):
+        for position, layer in enumerate(layers):
+            of = {
+                name.removeprefix(f"model.layers.{layer}."): tensor
+                for name, tensor in source.items()
+                if name.startswith(f"model.layers.{layer}.")
+            }
+            block = {
+                "norm_1": of[f"{norms[0]}_layernorm.weight"],
+                "norm_2": of[f"{norms[1]}_layernorm.weight"],
+                "attn.Wqkv": torch.cat([of[f"self_attn.{part}_proj.weight"] for part in "qkv"]),
+                "attn.proj": of["self_attn.o_proj.weight"],
+                "mlp.fc": torch.cat([of["mlp.gate_proj.weight"], of["mlp.up_proj.weight"]]),
+                "mlp.proj": of["mlp.down_proj.weight"],
+            }
+            if post:
+                block |= {f"attn.{part}_norm": of[f"self_attn.{part}_norm.weight"] for part in "qk"}
+            tensors |= {f"transformer.{group}.{position}.{name}.weight": tensor for name, tensor in block.items()}
+    return {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+
+
+def write_published(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any], shards: int = 1) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    names = sorted(tensors)
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        part = names[shard::shards]
+        save_file({name: tensors[name] for name in part}, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+@pytest.fixture(params=sorted(RETROFITS))
+def retrofit(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, torch.Tensor, Path]:
+    """A transformers model, an adapter, and the checkpoint that a retrofit of the two would be."""
+    model = make_model(request.param)
+    width = model.config.hidden_size
+    adapter = torch.randn(width, 2 * width) / (2 * width) ** 0.5
+    folder = write_published(tmp_path / "published", published_tensors(model, adapter), published_config(model.config))
+    return model, adapter, folder
+
+
+@torch.no_grad()
+def oracle(model: Any, adapter: torch.Tensor, ids: torch.Tensor, state: torch.Tensor, num_steps: int) -> torch.Tensor:
+    """Prelude, adapter, the core layers num_steps times and coda, from transformers' own decoder layers."""
+    tokens = ids.shape[1]
+    positions = torch.arange(tokens)[None]
+    hidden = model.model.embed_tokens(ids)
+    rotary = model.model.rotary_emb(hidden, positions)
+    mask = torch.full((tokens, tokens), float("-inf")).triu(1)[None, None]
+
+    def run(layers: tuple[int, ...], x: torch.Tensor) -> torch.Tensor:
+        for layer in layers:
+            x = model.model.layers[layer](x, attention_mask=mask, position_embeddings=rotary, position_ids=positions)
+        return x
+
+    embedded = run(PRELUDE, hidden)
+    for _ in range(num_steps):
+        state = run(CORE, torch.cat([state, embedded], dim=-1) @ adapter.T)
+    return model.lm_head(model.model.norm(run(CODA, state)))
+
+
+@pytest.mark.parametrize("num_steps", [1, 4])
+def test_retrofits_equal_transformers_layers(retrofit, num_steps: int) -> None:
+    source, adapter, folder = retrofit
+    ids = random_ids(2, 23)
+    state = torch.randn(2, 23, source.config.hidden_size)
+    for model in (redepth.load(folder), AutoModelForCausalLM.from_pretrained(folder).eval()):
+        with torch.no_grad():
+            logits = model(ids, num_steps=num_steps, input_states=state).logits
+        torch.testing.assert_close(logits, oracle(source, adapter, ids, state, num_steps), atol=2e-5, rtol=1e-4)
+
+
+def test_retrofits_start_from_their_noise(retrofit) -> None:
+    _, _, folder = retrofit
+    model = redepth.load(folder)
+    state = model.initialize_state(torch.zeros(4, 60, model.config.n_embd))
+    assert abs(state.std().item() / (0.9866 * RETROFIT_STATE_STD) - 1) < 0.05
+    assert model.config.embed_scale == 1
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"init_values": {"std": 0.5}}))
+    state = redepth.load(folder).initialize_state(torch.zeros(4, 60, model.config.n_embd))
+    assert abs(state.std().item() / (0.9866 * 0.5) - 1) < 0.05
+
+
+@pytest.fixture
+def huginn(tmp_path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], Path]:
+    config = json.loads((HUGINN / "config.json").read_text())
+    return load_file(HUGINN / "model.safetensors"), config, tmp_path
+
+
+def logits_of(folder: Path, **kwargs: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return redepth.load(folder, **kwargs)(random_ids(1, 12), num_steps=3).logits
+
+
+def test_huginn_uploads_of_every_shape(huginn) -> None:
+    tensors, config, folder = huginn
+    wanted = logits_of(HUGINN)
+    twice = tensors | {
+        "lm_head.weight": tensors["transformer.wte.weight"].clone(),
+        "freqs_cis": torch.randn(1, 256, 1, 8, 2),
+    }
+    assert torch.equal(logits_of(write_published(folder / "twice", twice, config)), wanted)
+    assert torch.equal(logits_of(write_published(folder / "sharded", twice, config, shards=3)), wanted)
+    halved = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    folder = write_published(folder / "bf16", halved, config | {"torch_dtype": "bfloat16"})
+    assert redepth.load(folder).dtype == torch.bfloat16
+    for dtype in ("auto", "float32"):
+        error = logits_of(folder, dtype=dtype).float() - wanted
+        assert error.std() < 0.05 * wanted.std()
+
+
+def test_what_fits_no_kind_is_refused_by_name(huginn) -> None:
+    tensors, config, folder = huginn
+    strange = tensors | {"transformer.core_block.0.attn.gate.weight": torch.zeros(3)}
+    with pytest.raises(ValueError, match=r"nearest huginn: no place for \['attn\.gate\.weight'\]"):
+        redepth.load(write_published(folder / "strange", strange, config))
+    fewer = {name: tensor for name, tensor in tensors.items() if "norm_4" not in name}
+    with pytest.raises(ValueError, match=r"missing \['norm_4\.weight'\]"):
+        redepth.load(write_published(folder / "fewer", fewer, config))
+    with pytest.raises(ValueError, match=r"no place for \['vision\.weight'\]"):
+        redepth.load(write_published(folder / "outer", tensors | {"vision.weight": torch.zeros(3)}, config))
+    with pytest.raises(ValueError, match="initial_state_mode is 'fog'"):
+        redepth.load(write_published(folder / "state", tensors, config | {"state_init": "fog"}))
+
+
+def test_published_kinds_save_and_load_alike(retrofit, tmp_path: Path) -> None:
+    for number, folder in enumerate((retrofit[2], HUGINN)):
+        first, second = tmp_path / f"first{number}", tmp_path / f"second{number}"
+        redepth.load(folder).save_pretrained(first)
+        redepth.load(first).save_pretrained(second)
+        assert torch.equal(logits_of(folder), logits_of(first))
+        for file in first.iterdir():
+            assert file.read_bytes() == (second / file.name).read_bytes(), file.name
+        assert "auto_map" in json.loads((first / "config.json").read_text())
+
+
+def test_model_card_of_huginn(tmp_path: Path) -> None:
+    """The calls that the published card prints, as it prints them."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(HUGINN, dtype=torch.bfloat16)
+    model.eval()
+    ids = tokenizer.encode("The capital of Westphalia is", return_tensors="pt", add_special_tokens=True)[:, :-1]
+    model(ids, num_steps=32)
+    config = GenerationConfig(
+        max_length=60,
+        stop_strings=["?!"],
+        do_sample=False,
+        return_dict_in_generate=True,
+        eos_token_id=319,
+        pad_token_id=0,
+    )
+    outputs = model.generate(ids, config, tokenizer=tokenizer, num_steps=8)
+    assert ids.shape[1] < outputs.sequences.shape[1] <= 60
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    model.generate(
+        tokenizer.encode(chat, return_tensors="pt", add_special_tokens=False), config, num_steps=8, tokenizer=tokenizer
+    )
+
+    first = model(input_ids=ids, use_cache=True, num_steps=8)
+    second = model(ids[:, -1:], use_cache=True, past_key_values=first.past_key_values, num_steps=8)
+    fields = ("loss", "logits", "log_ppl", "past_key_values", "latent_states", "hidden_states", "stats")
+    assert all(hasattr(second, field) for field in fields)
+    embedded, block_idx = model.embed_inputs(ids)
+    states = model.initialize_state(embedded)
+    for step in range(8):
+        states, block_idx, _ = model.iterate_one_step(embedded, states, block_idx=block_idx, current_step=step)
+    torch.testing.assert_close(model.predict_from_latents(states).logits, first.logits)
+
+
+def test_fresh_model_starts_as_published() -> None:
+    config = redepth.RecurrentDepthConfig(
+        n_embd=200, n_heads=4, intermediate_size=300, vocab_size=500, mean_recurrence=6, block_size=64
+    )
+    model = redepth.RecurrentDepthForCausalLM(config)
+    std = (2 / (5 * 200)) ** 0.5
+    narrow = std / (2 * (2 + 2 + 4 * 6)) ** 0.5
+    layer = model.transformer["core_block"][1]
+    gate, up = layer.mlp.fc.weight.chunk(2)
+    for weight, deviation in (
+        (layer.attn.Wqkv.weight, std),
+        (gate, std),
+        (model.transformer["adapter"].weight, std),
+        (model.transformer["wte"].weight, std),
+        (up, narrow),
+        (layer.attn.proj.weight, narrow),
+        (layer.mlp.proj.weight, narrow),
+    ):
+        assert abs(weight.std().item() / (0.9866 * deviation) - 1) < 0.03
+        assert weight.abs().max() <= 3 * deviation * 1.001
+    assert layer.attn.qk_bias.abs().sum() == 0
