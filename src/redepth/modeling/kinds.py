@@ -1,9 +1,14 @@
 """The published checkpoints' kinds. Their configs do not say which they are; their tensor names do."""
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+
+from safetensors import safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
 
 from .configuration import RecurrentDepthConfig
 
@@ -74,8 +79,38 @@ def find_kind(tensor_names: Iterable[str]) -> Kind:
     return nearest
 
 
-def complete_published_config(config: RecurrentDepthConfig, written: dict[str, Any], kind: Kind) -> None:
-    """Set the switches of `kind` that the checkpoint's config file, `written`, leaves open."""
+def tensor_names(checkpoint: Any, **where: Any) -> list[str] | None:
+    """Names of the tensors in a folder's or hub id's safetensors files; None where it has none."""
+    index = cached_file(checkpoint, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **where)
+    if index is not None:
+        with open(index, encoding="utf-8") as text:
+            return list(json.load(text)["weight_map"])
+    file = cached_file(checkpoint, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **where)
+    if file is None:
+        return None
+    with safe_open(file, framework="pt") as reader:
+        return list(reader.keys())
+
+
+def complete_config(config: RecurrentDepthConfig, checkpoint: Any, **where: Any) -> Kind | None:
+    """Set the switches that a published checkpoint's config file leaves open.
+
+    Args:
+        config: as read from the file; changed in place.
+        checkpoint: folder or hub id.
+        where: hub arguments, such as `revision`.
+
+    Returns:
+        the published kind, or None where the file states its switches itself.
+
+    Raises:
+        ValueError: for a checkpoint that fits no published kind.
+    """
+    written, _ = RecurrentDepthConfig.get_config_dict(checkpoint, **where)
+    names = None if "norm_placement" in written else tensor_names(checkpoint, **where)
+    if names is None:
+        return None
+    kind = find_kind(names)
     for key, value in kind.switches.items():
         if key not in written:
             setattr(config, key, value)
@@ -85,3 +120,4 @@ def complete_published_config(config: RecurrentDepthConfig, written: dict[str, A
         config.init_values["embed_scale"] = start.get("embed_scale", 1.0)
         if "state_std" not in written:
             config.state_std = start.get("std", RETROFIT_STATE_STD)
+    return kind

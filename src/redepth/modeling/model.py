@@ -8,26 +8,23 @@
 (Geiping et al. 2025, section 3.1; McLeish et al. 2025, section 3.) Shapes: B batch, T new tokens, D width, V vocabulary.
 """
 
-import json
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, ModelOutput
-from transformers.utils.hub import cached_file
+from transformers.utils import ModelOutput
 
 from .blocks import Attention, Block, PassContext, RMSNorm, rotations
 from .cache import RecurrentDepthCache
 from .configuration import RecurrentDepthConfig
 from .depth import sample_num_steps, split_num_steps
-from .kinds import complete_published_config, find_kind
+from .kinds import complete_config
 from .loss import chunked_cross_entropy
 from .state import fresh_noise, position_noise
 
@@ -61,20 +58,6 @@ class RecurrentDepthOutput(ModelOutput):
     latent_states: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     stats: dict[str, Any] | None = None
-
-
-def _tensor_names(checkpoint: Any, where: dict[str, Any]) -> list[str] | None:
-    """Names of a checkpoint's tensors, from its safetensors headers; None where it has none."""
-    for file_name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME):
-        file = cached_file(checkpoint, file_name, _raise_exceptions_for_missing_entries=False, **where)
-        if file is None:
-            continue
-        if file_name == SAFE_WEIGHTS_INDEX_NAME:
-            with open(file, encoding="utf-8") as index:
-                return list(json.load(index)["weight_map"])
-        with safe_open(file, framework="pt") as reader:
-            return list(reader.keys())
-    return None
 
 
 class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
@@ -128,12 +111,8 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **where)
             for key in set(kwargs) & set(config.to_dict()) - {"dtype"}:
                 setattr(config, key, kwargs.pop(key))
-        if pretrained_model_name_or_path is not None and not kwargs.get("gguf_file"):
-            written, _ = cls.config_class.get_config_dict(pretrained_model_name_or_path, **where)
-            if "norm_placement" not in written:
-                names = _tensor_names(pretrained_model_name_or_path, where)
-                if names is not None:
-                    complete_published_config(config, written, find_kind(names))
+        if pretrained_model_name_or_path is not None:
+            complete_config(config, pretrained_model_name_or_path, **where)
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
 
     @torch.no_grad()

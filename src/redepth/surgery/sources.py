@@ -4,9 +4,11 @@ Every kind gives the same things: configuration, tensors one at a time by their 
 """
 
 import importlib.util
+import io
 import json
 import logging
 from abc import ABC, abstractmethod
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -119,7 +121,9 @@ class Source(ABC):
 
     def reference_model(self) -> Any:
         """The source as a transformers model in fp32, the oracle of verification."""
-        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, **self._load_kwargs).eval()
+        # transformers draws a bar for GGUF files that its own switch does not turn off.
+        with redirect_stderr(io.StringIO()) if self.gguf_file else nullcontext():
+            return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, **self._load_kwargs).eval()
 
 
 class SafetensorsSource(Source):
