@@ -45,7 +45,7 @@ def redepth_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     return run
 
 
-COMMANDS = ("convert", "verify", "heal", "generate", "chat")
+COMMANDS = ("convert", "verify", "inspect", "heal", "generate", "chat", "new")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -121,6 +121,22 @@ def test_chat(redepth_command, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
     assert "at least 1" in out
 
 
+def test_inspect_new_and_republish(redepth_command, checkpoint: Path, tmp_path: Path) -> None:
+    code, out, _ = redepth_command("inspect", checkpoint)
+    assert code == 0
+    assert "converted by redepth" in out
+    code, out, _ = redepth_command("inspect", checkpoint, "--num-steps", 3, "--json")
+    assert list(json.loads(out)["cache_bytes_per_token"]) == ["3"]
+    code, out, _ = redepth_command("new", tmp_path / "fresh", "--tokenizer", checkpoint, "--json")
+    assert code == 0
+    assert json.loads(out)["parameters"]["core"] > 0
+    code, out, _ = redepth_command("new", "--preset", "huginn-3.5b", "--dry-run")
+    assert "embedding" in out
+    code, out, _ = redepth_command("convert", tmp_path / "fresh", tmp_path / "again", "--dtype", "bfloat16")
+    assert code == 0
+    assert "bfloat16" in redepth_command("inspect", tmp_path / "again")[1]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -139,6 +155,11 @@ def test_chat(redepth_command, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
         (["generate", "{checkpoint}", "hi", "--temperature", "-1"], "--temperature"),
         (["generate", "{checkpoint}", "hello " * 40], "128 this model allows"),
         (["chat", "{checkpoint}", "--num-steps", "-3"], "at least 1"),
+        (["inspect", "{source}"], "not a recurrent one"),
+        (["inspect", "{checkpoint}", "--num-steps", "0"], "at least 1"),
+        (["new", "{out}", "--preset", "pico"], "preset 'pico' is unknown"),
+        (["new"], "OUT is missing"),
+        (["convert", "{checkpoint}", "{out}", "--core", "2:4"], "recurrent already"),
     ],
 )
 def test_mistakes_end_in_one_line(redepth_command, source, checkpoint, tmp_path: Path, words, message) -> None:

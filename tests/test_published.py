@@ -10,7 +10,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import redepth
+from redepth.analysis.cost import count_parameters
+from redepth.analysis.inspect import cache_bytes_per_token, inspect
+from redepth.errors import RedepthError
 from redepth.modeling.kinds import RETROFIT_STATE_STD
+from redepth.presets import preset_config
+from redepth.surgery.create import create
+from redepth.surgery.republish import republish
 from tests.test_golden import FOLDER as HUGINN
 from tests.test_healing import byte_tokenizer
 from tests.zoo import VOCABULARY, make_model, random_ids
@@ -261,3 +267,66 @@ def test_fresh_model_starts_as_published() -> None:
         assert abs(weight.std().item() / (0.9866 * deviation) - 1) < 0.03
         assert weight.abs().max() <= 3 * deviation * 1.001
     assert layer.attn.qk_bias.abs().sum() == 0
+
+
+def test_republished_checkpoints_are_whole(retrofit, tmp_path: Path) -> None:
+    """Repaired repos: switches written out, one embedding, no rope table, the modelling files beside."""
+    for number, folder in enumerate((retrofit[2], HUGINN)):
+        out = tmp_path / f"out{number}"
+        (folder / "README.md").write_text("# mine\n") if folder != HUGINN else None
+        republish(folder, out)
+        assert torch.equal(logits_of(out), logits_of(folder))
+        written = load_file(out / "model.safetensors")
+        assert "freqs_cis" not in written
+        assert ("lm_head.weight" in written) != redepth.load(out).config.tie_embeddings
+        assert (out / "model.py").exists()
+        assert (out / "README.md").exists() == (folder != HUGINN)
+        republish(out, tmp_path / f"again{number}")
+        for file in out.iterdir():
+            assert file.read_bytes() == (tmp_path / f"again{number}" / file.name).read_bytes(), file.name
+    republish(HUGINN, tmp_path / "bf16", dtype="bfloat16", tie=False)
+    model = redepth.load(tmp_path / "bf16")
+    assert model.dtype == torch.bfloat16
+    assert not model.config.tie_embeddings
+    assert torch.equal(model.lm_head.weight, model.transformer["wte"].weight)
+
+
+def test_republish_refuses_to_lose_a_head(huginn) -> None:
+    tensors, config, folder = huginn
+    source = write_published(folder / "source", tensors | {"lm_head.weight": torch.randn(320, 64)}, config)
+    with pytest.raises(RedepthError, match=r"lm_head\.weight"):
+        republish(source, folder / "out")
+    assert not (folder / "out").exists()
+
+
+def test_inspect_says_what_it_is(retrofit) -> None:
+    report = inspect(retrofit[2], (1, 5))
+    kind = "olmo2" if hasattr(retrofit[0].model.layers[0], "post_feedforward_layernorm") else "llama"
+    assert report["kind"] == f"published, retrofitted {kind}"
+    model = redepth.load(retrofit[2])
+    assert report["parameters"]["total"] == sum(parameter.numel() for parameter in model.parameters())
+    cache = redepth.RecurrentDepthCache(model.config)
+    with torch.no_grad():
+        model(random_ids(1, 8), num_steps=5, past_key_values=cache)
+    assert report["cache_bytes_per_token"][5] * 8 == cache.memory_bytes()
+    assert cache_bytes_per_token(model.config, 5, "ring-2") < report["cache_bytes_per_token"][5]
+    assert inspect(HUGINN)["kind"] == "published, huginn"
+    assert inspect(HUGINN)["mean_recurrence"] == 8
+
+
+def test_presets(tmp_path: Path) -> None:
+    count = count_parameters(preset_config("huginn-3.5b"))
+    assert 3.4e9 < count.total < 4.0e9
+    assert 1.4e9 < count.core < 1.7e9
+    assert 1.4e9 < count.prelude + count.coda < 1.7e9
+    assert 0.3e9 < count.embedding < 0.6e9
+    assert 0.9e8 < count_parameters(preset_config("100m")).total < 1.3e8
+    with pytest.raises(RedepthError, match="nano, 100m"):
+        preset_config("micro")
+    create(preset_config("nano", vocab_size=97), tmp_path / "nano", seed=3)
+    create(preset_config("nano", vocab_size=97), tmp_path / "same", seed=3)
+    first, second = (redepth.load(tmp_path / name) for name in ("nano", "same"))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    ids = torch.randint(97, (2, 9))
+    first(ids, labels=ids, num_steps=3).loss.backward()
+    assert all(parameter.grad is not None for parameter in first.parameters())

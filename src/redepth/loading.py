@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthConfig, RecurrentDepthForCausalLM
+from redepth.modeling.kinds import Kind, complete_config
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -44,6 +45,20 @@ def load(
         if report[problem]:
             raise RedepthError(f"checkpoint {str(name)!r} {said} tensor {min(report[problem])!r}")
     return model.to(device).eval()
+
+
+def read_config(name: str | Path) -> tuple[RecurrentDepthConfig, Kind | None]:
+    """A checkpoint's configuration, complete, and its published kind (None for redepth's own).
+
+    Raises:
+        RedepthError: where there is no such checkpoint, or it fits no kind.
+    """
+    _check_kind(name)
+    try:
+        config = RecurrentDepthConfig.from_pretrained(name)
+        return config, complete_config(config, name)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise RedepthError(f"checkpoint {str(name)!r}: {_first_line(error)}") from None
 
 
 def load_tokenizer(name: str | Path) -> Any:

@@ -6,7 +6,11 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from redepth.errors import RedepthError
+from redepth.modeling import RecurrentDepthConfig
 from redepth.surgery.convert import DEFAULT_ADAPTER, DEFAULT_SHARD_SIZE, DEFAULT_STATE, Conversion, plan_conversion
+from redepth.surgery.republish import republish
+from redepth.surgery.sources import Source, open_source
 
 from .console import AsJson, Quiet, hush_libraries, print_json, progress_bar, remarks, results
 
@@ -53,6 +57,34 @@ def show(conversion: Conversion) -> None:
     results.print(costs)
 
 
+def _republish(
+    source: Source,
+    out: Path | None,
+    plan: tuple[str | None, ...],
+    dtype: str | None,
+    tie: bool | None,
+    overwrite: bool,
+    max_shard_size: str,
+    dry_run: bool,
+    quiet: bool,
+) -> None:
+    """A source that is recurrent already is written anew, not cut."""
+    if any(part is not None for part in plan) or dry_run:
+        raise RedepthError(f"{source.name} is recurrent already; leave --prelude, --core, --coda and --dry-run out")
+    if out is None:
+        raise RedepthError("OUT is missing; name the folder to write")
+    with progress_bar(quiet) as update:
+        republish(
+            source,
+            out,
+            dtype=dtype,
+            tie=tie,
+            overwrite=overwrite,
+            max_shard_size=max_shard_size,
+            on_tensor=lambda done, total: update("re-save", done / total),
+        )
+
+
 def command(
     source: Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, smollm2-135m or gemma3-270m.")],
     out: Annotated[Path | None, typer.Argument(help="Folder to write.")] = None,
@@ -71,19 +103,22 @@ def command(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Turn a pretrained decoder into a depth-recurrent one, without training.
+    """Turn a pretrained decoder into a depth-recurrent one, without training; a recurrent one is re-saved.
 
     Example: redepth convert smollm2-135m ./smollm2-recurrent --core 12:18
     """
     hush_libraries()
-    from redepth.errors import RedepthError
     from redepth.surgery.verify import verify as verify_checkpoint
 
     from .verify import show as show_verification
 
     if out is None and not dry_run:
         raise RedepthError("OUT is missing; name the folder to write, or add --dry-run to see the plan alone")
-    conversion = plan_conversion(source, prelude, core, coda, adapter, state, dtype, tie, seed)
+    opened = open_source(source)
+    if opened.config.model_type == RecurrentDepthConfig.model_type:
+        _republish(opened, out, (prelude, core, coda), dtype, tie, overwrite, max_shard_size, dry_run, quiet)
+        return
+    conversion = plan_conversion(opened, prelude, core, coda, adapter, state, dtype, tie, seed)
     report = summary(conversion)
     if not quiet and not as_json:
         show(conversion)

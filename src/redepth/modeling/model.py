@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import PreTrainedModel
@@ -107,7 +108,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: for a checkpoint that fits no published kind, naming the tensors.
         """
         where = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
-        if not isinstance(config, RecurrentDepthConfig):
+        if not isinstance(config, PreTrainedConfig):
             config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **where)
             for key in set(kwargs) & set(config.to_dict()) - {"dtype"}:
                 setattr(config, key, kwargs.pop(key))

@@ -221,7 +221,7 @@ class Conversion:
             OSError: if the disk is full or not writable.
         """
         with whole_folder(out, overwrite) as folder:
-            _write_shards(self.tensors(), folder, len(self.table) + 1, max_shard_size, on_tensor)
+            write_shards(self.tensors(), folder, len(self.table) + 1, max_shard_size, on_tensor)
             save_definition(self.config, folder, self.dtype)
             tokenizer = self.source.tokenizer
             if tokenizer is not None:
@@ -242,7 +242,7 @@ def save_definition(config: RecurrentDepthConfig, folder: Path, dtype: torch.dty
     config.save_pretrained(folder)
 
 
-def _write_shards(
+def write_shards(
     tensors: Iterator[tuple[str, torch.Tensor]],
     folder: Path,
     count: int,

@@ -1,0 +1,50 @@
+"""redepth inspect"""
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from .console import AsJson, Checkpoint, hush_libraries, print_json, results
+
+
+def command(
+    checkpoint: Checkpoint,
+    num_steps: Annotated[
+        list[int] | None, typer.Option(help="Depths to give the cache's bytes for; several times for several.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a checkpoint is: kind, plan, parameters, memory by depth, and the depth it was trained for.
+
+    Example: redepth inspect ./smollm2-recurrent --num-steps 8
+    """
+    hush_libraries()
+    from redepth.analysis.inspect import inspect
+    from redepth.modeling.depth import split_num_steps
+
+    for steps in num_steps or []:
+        split_num_steps(steps)
+    report = inspect(checkpoint, tuple(num_steps)) if num_steps else inspect(checkpoint)
+    if as_json:
+        print_json(report)
+        return
+    table = Table("part", "layers", "from source layers", "parameters", title=report["kind"], title_justify="left")
+    for part, count in report["parameters"].items():
+        layers = report["layers"].get(part, "")
+        taken = report["source_layers"].get(part, "") if report["source_layers"] else ""
+        table.add_row(part, str(layers), taken, f"{count:,}" if count or part != "head" else "tied")
+    results.print(table)
+    block = ", ".join(f"{key} {value}" for key, value in report["block"].items() if value is not None)
+    results.print(f"block: {block}")
+    results.print(f"initial state {report['initial_state']}, {report['dtype']}, up to {report['max_tokens']:,} tokens")
+    healed = f", healed on {report['healed_tokens']:,} tokens" if report["healed_tokens"] else ""
+    results.print(f"trained for a mean of {report['mean_recurrence']} steps{healed}")
+    costs = Table(
+        "",
+        *(f"r = {depth}" for depth in report["cache_bytes_per_token"]),
+        title=f"bytes per token, rule {report['cache_rule']}",
+    )
+    costs.add_row("cache", *(f"{size:,}" for size in report["cache_bytes_per_token"].values()))
+    costs.add_row("state", *(f"{report['state_bytes_per_token']:,}" for _ in report["cache_bytes_per_token"]))
+    results.print(costs)

@@ -1,0 +1,61 @@
+"""redepth new"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from redepth.presets import PRESETS
+
+from .console import AsJson, Quiet, hush_libraries, print_json, results
+
+
+def command(
+    out: Annotated[Path | None, typer.Argument(metavar="OUT", help="Folder to write.")] = None,
+    preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = "nano",
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or hub id to take a tokenizer from; sets the vocabulary.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count parameters; make no weights.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a fresh model with the published initialisation.
+
+    Example: redepth new ./fresh --preset 100m
+    """
+    hush_libraries()
+    from redepth.analysis.cost import count_parameters
+    from redepth.errors import RedepthError
+    from redepth.loading import load_tokenizer
+    from redepth.presets import preset_config
+    from redepth.surgery.convert import DTYPES
+    from redepth.surgery.create import create
+
+    if out is None and not dry_run:
+        raise RedepthError("OUT is missing; name the folder to write, or add --dry-run to count parameters alone")
+    if dtype not in DTYPES:
+        raise RedepthError(f"--dtype {dtype!r} is unknown; use {', '.join(DTYPES)}")
+    words = load_tokenizer(tokenizer) if tokenizer is not None else None
+    config = preset_config(preset, vocab_size=len(words) if words is not None else None)
+    count = count_parameters(config)
+    if out is not None and not dry_run:
+        create(config, out, words, DTYPES[dtype], seed, overwrite)
+    parts = {
+        "embedding": count.embedding,
+        "prelude": count.prelude,
+        "core": count.core,
+        "coda": count.coda,
+        "head": count.head,
+    }
+    if as_json:
+        print_json({"preset": preset, "parameters": parts | {"total": count.total}})
+    elif not quiet:
+        table = Table("part", "parameters", title=preset)
+        for part, size in (parts | {"total": count.total}).items():
+            table.add_row(part, f"{size:,}" if size else "tied")
+        results.print(table)

@@ -1,0 +1,77 @@
+"""Re-save a recurrent checkpoint: other dtype or tying, modelling files and configuration brought up to date."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from redepth.errors import RedepthError
+from redepth.loading import read_config
+
+from .convert import DEFAULT_SHARD_SIZE, DTYPES, save_definition, write_shards
+from .folder import HEALING_FILE, RECIPE_FILE, VERIFICATION_FILE, whole_folder
+from .sources import Source, open_source
+from .weights import EMBEDDING, HEAD
+
+# Kept as they are: what the checkpoint's owner wrote, and redepth's own records.
+KEPT_FILES = ("README.md", "LICENSE", RECIPE_FILE, VERIFICATION_FILE, HEALING_FILE)
+ROPE_TABLE = "freqs_cis"
+
+
+def republish(
+    source: str | Path | Source,
+    out: str | Path,
+    *,
+    dtype: str | None = None,
+    tie: bool | None = None,
+    overwrite: bool = False,
+    max_shard_size: str = DEFAULT_SHARD_SIZE,
+    on_tensor: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Write a recurrent checkpoint anew, tensor by tensor, so that it loads in today's transformers.
+
+    The switches that a published config leaves open are written out, saved rope tables are left behind, and a tied
+    embedding is stored once.
+
+    Args:
+        source: folder or hub id of a published or redepth checkpoint.
+        out: folder to write; must not exist unless `overwrite`.
+        dtype: `float32`, `bfloat16` or `float16`; as it is by default.
+        tie: tie the head to the embedding or not; as it is by default.
+        on_tensor: called with (tensors done, tensors in all).
+
+    Raises:
+        RedepthError: for a checkpoint that fits no kind, or one that can't be tied; nothing is left at `out`.
+    """
+    if not isinstance(source, Source):
+        source = open_source(source)
+    if dtype is not None and dtype not in DTYPES:
+        raise RedepthError(f"--dtype {dtype!r} is unknown; use {', '.join(DTYPES)}")
+    config, _ = read_config(source.folder)
+    wanted = DTYPES[dtype] if dtype is not None else source.dtype
+    names = [name for name in source.tensor_names() if name != ROPE_TABLE]
+    if tie is not None:
+        config.tie_embeddings = tie
+    if config.tie_embeddings and HEAD in names:
+        if not torch.equal(source.read(HEAD), source.read(EMBEDDING)):
+            raise RedepthError(f"{source.name!r} has a head {HEAD!r} that differs from its embedding; leave --tie out")
+        names.remove(HEAD)
+    elif not config.tie_embeddings and HEAD not in names:
+        names.append(HEAD)
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        stored = set(source.tensor_names())
+        for name in names:
+            yield name, source.read(name if name in stored else EMBEDDING).to(wanted)
+
+    with whole_folder(Path(out), overwrite) as folder:
+        write_shards(tensors(), folder, len(names), max_shard_size, on_tensor)
+        save_definition(config, folder, wanted)
+        if source.tokenizer is not None:
+            source.tokenizer.save_pretrained(folder)
+        source.generation_config().save_pretrained(folder)
+        for name in KEPT_FILES:
+            if (source.folder / name).exists():
+                shutil.copy2(source.folder / name, folder / name)
+    return Path(out)
