@@ -7,7 +7,6 @@ Shapes: B batch, T new tokens, S stored tokens, D width, R width of the recurren
 K head_dim, W width of a recurrent head (R / H), C taps of the convolution.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,9 +107,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        normed = x.float()
-        normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (normed * (1.0 + self.weight.float())).to(x.dtype)
+        return nn.functional.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps).to(x.dtype)
 
 
 def rotations(config: Any, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,6 +152,12 @@ def eager_attention(
     return (weights @ value.repeat_interleave(groups, dim=1)).transpose(1, 2), weights
 
 
+def with_start(layer: nn.Linear, std: float) -> nn.Linear:
+    """Mark the deviation that `_init_weights` gives the layer; transformers shows it no module without own tensors."""
+    layer.start_std = std  # type: ignore[assignment]
+    return layer
+
+
 class Attention(nn.Module):
     """Attention over a window of tokens, with grouped keys and partly rotated heads."""
 
@@ -167,10 +170,11 @@ class Attention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         kv_width = config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=True)
+        width, bias, in_std = config.hidden_size, config.attention_bias, config.hidden_size**-0.5
+        self.q_proj = with_start(nn.Linear(width, width, bias=bias), in_std)
+        self.k_proj = with_start(nn.Linear(width, kv_width, bias=bias), in_std)
+        self.v_proj = with_start(nn.Linear(width, kv_width, bias=bias), in_std)
+        self.o_proj = with_start(nn.Linear(width, width), (config.final_w_init_variance_scale / width) ** 0.5)
 
     def forward(self, x: torch.Tensor, shared: Pass) -> torch.Tensor:
         """`x` is `[B, T, D]`; returns `[B, T, D]`."""
@@ -218,6 +222,92 @@ class InputScale(torch.autograd.Function):
         return grad * slope * (2 * (square - 1))
 
 
+class SoftCap(torch.autograd.Function):
+    """cap · tanh(x / cap), written over x: logits are the largest tensor there is, and no copy of them is needed."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, cap: float) -> torch.Tensor:
+        ctx.mark_dirty(logits)
+        ctx.cap = cap
+        logits.div_(cap).tanh_().mul_(cap)
+        ctx.save_for_backward(logits)
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (capped,) = ctx.saved_tensors
+        slope = (capped / ctx.cap).square_().neg_().add_(1)
+        return slope.mul_(grad), None
+
+
+class CappedLoss(torch.autograd.Function):
+    """Soft-capped logits, written over x `[N, V]`, and the sum of their cross-entropies in nats.
+
+    One number a row is kept for the way back, which goes through loss and cap in one pass, by blocks of rows.
+    """
+
+    ROWS = 64  # 64 rows of 32,000 logits fit the second-level cache
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, cap: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.mark_dirty(logits)
+        ctx.set_materialize_grads(False)
+        ctx.cap = cap
+        counted = labels != ignore_index
+        safe = labels.masked_fill(~counted, 0)
+        normalisers = []
+        for block in logits.split(CappedLoss.ROWS):
+            block.div_(cap).tanh_().mul_(cap)
+            normalisers.append(block.float().logsumexp(-1))
+        normaliser = torch.cat(normalisers)
+        ctx.save_for_backward(logits, safe, counted, normaliser)
+        chosen = logits.gather(1, safe[:, None])[:, 0].float()
+        return logits, (normaliser - chosen).masked_fill(~counted, 0.0).sum()
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_logits: torch.Tensor | None, grad_loss: torch.Tensor | None
+    ) -> tuple[torch.Tensor, None, None, None]:
+        capped, safe, counted, normaliser = ctx.saved_tensors
+        out = torch.empty_like(capped)
+        weight = None if grad_loss is None else grad_loss * counted
+        for start in range(0, len(capped), CappedLoss.ROWS):
+            rows = slice(start, start + CappedLoss.ROWS)
+            logits = capped[rows].float()
+            part = torch.zeros_like(logits) if grad_logits is None else grad_logits[rows].float()
+            if weight is not None:
+                chances = (logits - normaliser[rows, None]).exp_()
+                chances.scatter_add_(1, safe[rows, None], chances.new_full((len(chances), 1), -1.0))
+                part = chances.mul_(weight[rows, None]).add_(part)
+            # The slope of the cap, 1 − (y / cap)².
+            out[rows] = part.mul_(logits.div_(ctx.cap).square_().neg_().add_(1))
+        return out, None, None, None
+
+
+def capped_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor | None,
+    cap: float,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Capped logits over `logits` `[B·T, V]`, and transformers' causal loss with its arguments.
+
+    Labels are `[B, T]`. The loss is the mean over the counted tokens, or their sum over `num_items_in_batch`.
+    """
+    if shift_labels is None:
+        assert labels is not None
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    flat = shift_labels.reshape(-1).to(logits.device)
+    capped, total = CappedLoss.apply(logits, flat, ignore_index, cap)
+    count = (flat != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+    return capped, total / torch.as_tensor(count, device=total.device)
+
+
 class RGLRU(nn.Module):
     """The real-gated linear recurrent unit: h_t = a_t h_{t-1} + √(1 − a_t²) (i_t x_t), a and i gates of x_t."""
 
@@ -260,9 +350,10 @@ class RecurrentBlock(nn.Module):
     def __init__(self, config: Any, layer: int) -> None:
         super().__init__()
         self.layer_idx = layer
-        self.linear_y = nn.Linear(config.hidden_size, config.lru_width)
-        self.linear_x = nn.Linear(config.hidden_size, config.lru_width)
-        self.linear_out = nn.Linear(config.lru_width, config.hidden_size)
+        width, lru_width, in_std = config.hidden_size, config.lru_width, config.hidden_size**-0.5
+        self.linear_y = with_start(nn.Linear(width, lru_width), in_std)
+        self.linear_x = with_start(nn.Linear(width, lru_width), in_std)
+        self.linear_out = with_start(nn.Linear(lru_width, width), (config.final_w_init_variance_scale / lru_width) ** 0.5)
         # Holds the weights under their published names; `_convolve` computes with them.
         self.conv_1d = nn.Conv1d(config.lru_width, config.lru_width, config.conv1d_width, groups=config.lru_width)
         self.rg_lru = RGLRU(config)
@@ -411,29 +502,16 @@ class RecurrentGemmaPreTrainedModel(PreTrainedModel):
         """Normal weights by fan-in, those of the outputs narrower by depth, biases zero, decays a² even in 0.9² … 0.999²."""
         config = self.config
         deviation = (config.w_init_variance_scale / config.conv1d_width) ** 0.5
-        by_width = config.hidden_size**-0.5
-
-        def start(layer: Any, std: float) -> None:
-            init.normal_(layer.weight, mean=0.0, std=std)
-            if layer.bias is not None:
-                init.zeros_(layer.bias)
-
         if isinstance(module, (nn.Linear, nn.Conv1d)):
-            start(module, deviation)
+            init.normal_(module.weight, mean=0.0, std=getattr(module, "start_std", deviation))
+            if module.bias is not None:
+                init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, mean=0.0, std=deviation)
             if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
                 init.zeros_(module.weight[module.padding_idx])
         elif isinstance(module, RMSNorm):
             init.zeros_(module.weight)
-        elif isinstance(module, Attention):
-            for projection in (module.q_proj, module.k_proj, module.v_proj):
-                start(projection, by_width)
-            start(module.o_proj, (config.final_w_init_variance_scale / config.hidden_size) ** 0.5)
-        elif isinstance(module, RecurrentBlock):
-            start(module.linear_x, by_width)
-            start(module.linear_y, by_width)
-            start(module.linear_out, (config.final_w_init_variance_scale / module.linear_out.in_features) ** 0.5)
         elif isinstance(module, RGLRU):
             std = (config.w_init_variance_scale / module.input_gate_weight.shape[1]) ** 0.5
             for weight in (module.input_gate_weight, module.recurrent_gate_weight):
@@ -723,12 +801,13 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        cap = self.config.logits_soft_cap
-        logits = cap * torch.tanh(logits / cap)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        hidden = outputs.last_hidden_state[:, kept]
+        cap, loss = self.config.logits_soft_cap, None
+        if labels is None and kwargs.get("shift_labels") is None:
+            logits = SoftCap.apply(self.lm_head(hidden), cap)
+        else:
+            logits, loss = capped_loss(self.lm_head(hidden.flatten(0, 1)), labels, cap, **kwargs)
+            logits = logits.unflatten(0, hidden.shape[:2])
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
