@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import TransformersKwargs
 
-from .recurrent_gemma_cache import RecurrentGemmaCache, RecurrentLayer, WindowLayer, align_right
+from .recurrent_gemma_cache import RecurrentGemmaCache, RecurrentLayer, WindowLayer, align_right, cache_signature
 from .scan import linear_scan
 
 BLOCK_TYPES = ("recurrent", "attention")
@@ -330,14 +330,16 @@ class RGLRU(nn.Module):
         """`x` is `[B, T, R]`, `h0` `[B, R]` in fp32; returns every h `[B, T, R]` in fp32."""
         log_a = self._gate(x, self.recurrent_gate_weight, self.recurrent_gate_bias)
         log_a = log_a * (-DECAY_POWER * nn.functional.softplus(self.recurrent_param.float()))
-        scale = InputScale.apply(log_a)
+        # Without a graph the plain operations, in place, do the same with less.
+        learning = log_a.requires_grad
+        scale = InputScale.apply(log_a) if learning else (2 * log_a).expm1_().neg_().sqrt_()
         # The first input of a text enters whole.
         if shared.fresh:
-            scale = torch.cat([torch.ones_like(scale[:, :1]), scale[:, 1:]], dim=1)
+            scale = scale.index_fill(1, torch.zeros(1, dtype=torch.long, device=x.device), 1.0)
         elif shared.starts is not None:
             scale = scale.masked_fill(shared.starts[..., None], 1.0)
-        gated = x * self._gate(x, self.input_gate_weight, self.input_gate_bias) * scale
-        a = log_a.exp()
+        gated = self._gate(x, self.input_gate_weight, self.input_gate_bias)
+        gated, a = (x * gated * scale, log_a.exp()) if learning else (gated.mul_(x).mul_(scale), log_a.exp_())
         if shared.real is not None:
             # Padding neither adds to the state nor lets it fade.
             gated, a = gated * shared.real[..., None], a.masked_fill(~shared.real[..., None], 1.0)
@@ -361,8 +363,11 @@ class RecurrentBlock(nn.Module):
 
     def _convolve(self, inputs: torch.Tensor, shared: Pass) -> torch.Tensor:
         """Channelwise causal convolution of `inputs` `[B, C - 1 + T, R]`; returns `[B, T, R]`."""
+        tokens = inputs.shape[1] - self.conv_1d.kernel_size[0] + 1
+        if tokens == 1 and shared.since_start is None:
+            # Decoding is a matter of how many small operations there are.
+            return (inputs * self.conv_1d.weight[:, 0].T).sum(1, keepdim=True) + self.conv_1d.bias
         taps = self.conv_1d.weight[:, 0].unbind(-1)
-        tokens = inputs.shape[1] - len(taps) + 1
         out = torch.addcmul(self.conv_1d.bias, inputs[:, len(taps) - 1 :], taps[-1])
         for distance in range(1, len(taps)):
             start = len(taps) - 1 - distance
@@ -542,7 +547,7 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
                 f"past_key_values is a {type(cache).__name__}, but RecurrentGemma needs a RecurrentGemmaCache; leave it "
                 "out to get one"
             )
-        if cache.signature != RecurrentGemmaCache(self.config).signature:
+        if cache.signature != cache_signature(self.config):
             raise ValueError("past_key_values was made for a model with other layers; leave it out to get a fitting one")
         if cache.batch is not None and cache.batch != batch:
             raise ValueError(f"past_key_values holds {cache.batch} rows, but the input has {batch}")

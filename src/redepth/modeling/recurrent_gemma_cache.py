@@ -197,6 +197,13 @@ class RecurrentLayer:
             self.states = change(self.states)
 
 
+def cache_signature(config: Any) -> tuple[Any, ...]:
+    """What a cache's layers depend on: two models may share a cache's layout only where these agree."""
+    heads = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+    window = config.attention_window_size
+    return tuple(config.block_types), config.num_hidden_layers, config.lru_width, config.conv1d_width, window, heads
+
+
 class RecurrentGemmaCache(Cache):
     """The memory of one generation: nothing of it is on the model, and it does not grow with the text.
 
@@ -209,8 +216,7 @@ class RecurrentGemmaCache(Cache):
 
     def __init__(self, config: Any) -> None:
         types = [config.block_types[i % len(config.block_types)] for i in range(config.num_hidden_layers)]
-        # Another model's cache is told from its own by these.
-        self.signature = (tuple(types), config.lru_width, config.conv1d_width, config.attention_window_size)
+        self.signature = cache_signature(config)
         super().__init__(
             layers=[
                 WindowLayer(config.attention_window_size) if kind == "attention" else RecurrentLayer(config.conv1d_width)
