@@ -19,14 +19,18 @@ import torch
 
 from redepth.modeling.recurrent_gemma import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
-MODULES = (
-    "argparse asyncio base64 bisect calendar cmath collections concurrent.futures configparser contextlib copy csv "
-    "dataclasses datetime decimal difflib dis email.message enum fractions functools glob gzip hashlib heapq html "
-    "http.client importlib inspect io ipaddress itertools json logging math mimetypes multiprocessing operator os "
-    "pathlib pickle platform pprint queue random re sched secrets selectors shelve shutil signal smtplib socket sqlite3 "
-    "ssl statistics string struct subprocess tarfile tempfile textwrap threading timeit tokenize trace types typing "
-    "unittest urllib.parse uuid weakref xml.etree.ElementTree zipfile"
-).split()
+# fmt: off
+MODULES = [
+    "argparse", "asyncio", "base64", "bisect", "calendar", "cmath", "collections", "concurrent.futures",
+    "configparser", "contextlib", "copy", "csv", "dataclasses", "datetime", "decimal", "difflib", "dis",
+    "email.message", "enum", "fractions", "functools", "glob", "gzip", "hashlib", "heapq", "html", "http.client",
+    "importlib", "inspect", "io", "ipaddress", "itertools", "json", "logging", "math", "mimetypes", "multiprocessing",
+    "operator", "os", "pathlib", "pickle", "platform", "pprint", "queue", "random", "re", "sched", "secrets",
+    "selectors", "shelve", "shutil", "signal", "smtplib", "socket", "sqlite3", "ssl", "statistics", "string",
+    "struct", "subprocess", "tarfile", "tempfile", "textwrap", "threading", "timeit", "tokenize", "trace", "types",
+    "typing", "unittest", "urllib.parse", "uuid", "weakref", "xml.etree.ElementTree", "zipfile",
+]
+# fmt: on
 
 
 def built_in_text() -> str:
@@ -38,10 +42,10 @@ def built_in_text() -> str:
         for member in members:
             if not (inspect.isclass(member) or inspect.isroutine(member) or inspect.ismodule(member)):
                 continue
-            methods = [value for key, value in sorted(vars(member).items()) if callable(value) and key[0] != "_"] if (
-                inspect.isclass(member)
-            ) else []
-            for thing in (member, *methods):
+            things = [member]
+            if inspect.isclass(member):
+                things += [value for key, value in sorted(vars(member).items()) if callable(value) and key[0] != "_"]
+            for thing in things:
                 text = inspect.getdoc(thing)
                 if text:
                     parts.append(f"{getattr(thing, '__name__', name)}: {text}")
@@ -110,7 +114,9 @@ def main() -> None:
         step += 1
         if spent - shown > options.seconds / 10:
             shown, last = spent, held_out_loss()
-            print(f"step {step:5d}  held-out loss {last:.3f}  training loss {loss.item():.3f}  {spent:.0f} s", flush=True)
+            print(
+                f"step {step:5d}  held-out loss {last:.3f}  training loss {loss.item():.3f}  {spent:.0f} s", flush=True
+            )
     last = held_out_loss()
     print(f"step {step:5d}  held-out loss {last:.3f}  {step * batch * length / options.seconds:,.0f} bytes a second")
 

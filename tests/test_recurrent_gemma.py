@@ -1,4 +1,4 @@
-"""RecurrentGemma: transformers' class as the oracle, then everything the oracle gets wrong: states, padding, documents."""
+"""RecurrentGemma: transformers' class as the oracle, then what the oracle gets wrong: states, padding, documents."""
 
 import copy
 import gc
@@ -16,27 +16,27 @@ from redepth.modeling.recurrent_gemma import (
 )
 from redepth.modeling.recurrent_gemma_cache import RecurrentGemmaCache
 
-TINY = dict(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=64,
-    num_attention_heads=4,
-    num_key_value_heads=1,
-    num_hidden_layers=4,
-    attention_window_size=8,
-    pad_token_id=0,
-    eos_token_id=None,
-    bos_token_id=None,
-)
+TINY = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "num_hidden_layers": 4,
+    "attention_window_size": 8,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+    "bos_token_id": None,
+}
 VARIANTS = {
     "published pattern": {},
-    "attention first": dict(block_types=["attention", "recurrent"]),
-    "recurrences only": dict(block_types=["recurrent"]),
-    "attention only": dict(block_types=["attention"]),
-    "wide recurrence": dict(lru_width=48),
-    "narrow recurrence": dict(lru_width=16, conv1d_width=2),
-    "grouped keys": dict(num_key_value_heads=2, attention_bias=True),
-    "one tap, window of one": dict(conv1d_width=1, attention_window_size=1),
+    "attention first": {"block_types": ["attention", "recurrent"]},
+    "recurrences only": {"block_types": ["recurrent"]},
+    "attention only": {"block_types": ["attention"]},
+    "wide recurrence": {"lru_width": 48},
+    "narrow recurrence": {"lru_width": 16, "conv1d_width": 2},
+    "grouped keys": {"num_key_value_heads": 2, "attention_bias": True},
+    "one tap, window of one": {"conv1d_width": 1, "attention_window_size": 1},
 }
 
 
@@ -176,7 +176,7 @@ def test_other_call_arguments_equal_transformers():
     embedded = model.model.embed_tokens(ids)
     positions = torch.arange(3, 13)[None]
     indices = torch.tensor([1, 4])
-    for inputs in (dict(inputs_embeds=embedded), dict(input_ids=ids, position_ids=positions)):
+    for inputs in ({"inputs_embeds": embedded}, {"input_ids": ids, "position_ids": positions}):
         for keep in (0, 3, indices):
             expected = oracle(**inputs, use_cache=False, logits_to_keep=keep).logits
             assert_near(model(**inputs, logits_to_keep=keep).logits, expected)
@@ -209,7 +209,9 @@ def test_hub_format_loads_and_saves_for_transformers(tmp_path):
     expected = oracle(ids, use_cache=False).logits
     assert_near(model.eval()(ids).logits, expected)
     model.save_pretrained(tmp_path / "again")
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "hub" / "model.safetensors").read_bytes()
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "hub" / "model.safetensors"
+    ).read_bytes()
     assert not list((tmp_path / "again").glob("*.py"))
     auto = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert type(auto) is transformers.RecurrentGemmaForCausalLM
@@ -386,7 +388,7 @@ def test_padded_rows_equal_solo_runs(variant, side, attention):
     logits, cache = [output.logits], output.past_key_values
     for start, stop in ((0, 3), (3, 4), (4, 5), (5, 12)):
         mask = torch.cat([mask, mask.new_ones(len(ROWS), stop - start)], 1)
-        given = dict(attention_mask=mask) if start != 4 else {}
+        given = {"attention_mask": mask} if start != 4 else {}
         output = model(more[:, start:stop], past_key_values=cache, **given)
         logits.append(output.logits)
     together = torch.cat(logits, 1)
@@ -425,7 +427,9 @@ def test_padding_takes_no_part_in_training(side):
     padded = torch.autograd.grad(loss, model.parameters())
     total = sum(len(row) - 1 for row in ROWS)
     solo_loss = sum(
-        model(row[None], labels=row[None], use_cache=False).loss * (len(row) - 1) / total for row in ROWS if len(row) > 1
+        model(row[None], labels=row[None], use_cache=False).loss * (len(row) - 1) / total
+        for row in ROWS
+        if len(row) > 1
     )
     solo = torch.autograd.grad(solo_loss, model.parameters())
     assert_near(loss, solo_loss)
@@ -443,13 +447,11 @@ def test_packed_documents_equal_solo_runs(given_mask):
     ids = torch.cat(rows, 1)
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     expected = torch.cat([model(row).logits for row in rows], 1)
-    mask = dict(attention_mask=torch.ones_like(ids)) if given_mask else {}
+    mask = {"attention_mask": torch.ones_like(ids)} if given_mask else {}
     assert_near(model(ids, position_ids=positions, **mask).logits, expected)
     cache, pieces = None, []
     for start, stop in ((0, 7), (7, 14), (14, 15), (15, 18), (18, 19), (19, 25)):
-        output = model(
-            ids[:, start:stop], position_ids=positions[:, start:stop], past_key_values=cache, use_cache=True
-        )
+        output = model(ids[:, start:stop], position_ids=positions[:, start:stop], past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         pieces.append(output.logits)
     assert_near(torch.cat(pieces, 1), expected)
@@ -459,7 +461,7 @@ def test_packed_documents_equal_solo_runs(given_mask):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("how", [dict(do_sample=False), dict(do_sample=False, num_beams=3)])
+@pytest.mark.parametrize("how", [{"do_sample": False}, {"do_sample": False, "num_beams": 3}])
 def test_generation_of_a_padded_batch_equals_solo_runs(side, how):
     model = make_model()
     ids, mask = pad(ROWS, side)
@@ -472,30 +474,30 @@ def test_generation_of_a_padded_batch_equals_solo_runs(side, how):
 def test_generation_with_and_without_cache_and_in_chunks():
     model = make_model()
     ids = make_ids(2, 21)
-    settings = dict(attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
     expected = model.generate(ids, use_cache=False, **settings)
     assert torch.equal(model.generate(ids, **settings), expected)
     assert torch.equal(model.generate(ids, prefill_chunk_size=5, **settings), expected)
-    first = model.generate(ids, **settings | dict(max_new_tokens=5), return_dict_in_generate=True)
+    first = model.generate(ids, **settings | {"max_new_tokens": 5}, return_dict_in_generate=True)
     cache = first.past_key_values
-    again = dict(attention_mask=torch.ones_like(first.sequences), max_new_tokens=7, do_sample=False)
+    again = {"attention_mask": torch.ones_like(first.sequences), "max_new_tokens": 7, "do_sample": False}
     assert torch.equal(model.generate(first.sequences, past_key_values=cache, **again), expected)
     torch.manual_seed(0)
-    sampled = model.generate(ids, **settings | dict(do_sample=True, num_return_sequences=2))
+    sampled = model.generate(ids, **settings | {"do_sample": True, "num_return_sequences": 2})
     torch.manual_seed(0)
-    assert torch.equal(model.generate(ids, **settings | dict(do_sample=True, num_return_sequences=2)), sampled)
+    assert torch.equal(model.generate(ids, **settings | {"do_sample": True, "num_return_sequences": 2}), sampled)
 
 
 @pytest.mark.parametrize("draft", ["itself", "other", "prompt lookup"])
 def test_assisted_decoding_equals_plain(draft):
     model = make_model()
     ids = make_ids(1, 11).repeat(1, 2)
-    settings = dict(attention_mask=torch.ones_like(ids), max_new_tokens=25, do_sample=False)
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 25, "do_sample": False}
     expected = model.generate(ids, **settings)
     drafts = {
-        "itself": dict(assistant_model=copy.deepcopy(model)),
-        "other": dict(assistant_model=make_model(seed=7, num_hidden_layers=2)),
-        "prompt lookup": dict(prompt_lookup_num_tokens=4),
+        "itself": {"assistant_model": copy.deepcopy(model)},
+        "other": {"assistant_model": make_model(seed=7, num_hidden_layers=2)},
+        "prompt lookup": {"prompt_lookup_num_tokens": 4},
     }
     assert torch.equal(model.generate(ids, **settings, **drafts[draft]), expected)
 
@@ -506,12 +508,12 @@ def test_assisted_decoding_equals_plain(draft):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(attention_window_size=0), "attention_window_size is 0"),
-        (dict(conv1d_width=0), "conv1d_width is 0"),
-        (dict(lru_width=30), r"lru_width \(30\) is not a multiple"),
-        (dict(hidden_size=30), r"hidden_size \(30\) is not a multiple"),
-        (dict(num_key_value_heads=3), "not a multiple of num_key_value_heads"),
-        (dict(block_types=["recurrent", "mamba"]), "block_types holds .*mamba"),
+        ({"attention_window_size": 0}, "attention_window_size is 0"),
+        ({"conv1d_width": 0}, "conv1d_width is 0"),
+        ({"lru_width": 30}, r"lru_width \(30\) is not a multiple"),
+        ({"hidden_size": 30}, r"hidden_size \(30\) is not a multiple"),
+        ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads"),
+        ({"block_types": ["recurrent", "mamba"]}, "block_types holds .*mamba"),
     ],
 )
 def test_configs_that_no_model_can_have(changes, message):
@@ -529,24 +531,28 @@ def test_bad_input_is_refused_in_one_line():
     _, cache = read(model, ids)
     _, foreign = read(make_model(lru_width=48), ids)
     cases = [
-        (ValueError, "needs? \\[2, 6\\]", dict(input_ids=ids, attention_mask=torch.ones(2, 5))),
-        (ValueError, "needs? \\[2, 12\\]", dict(input_ids=ids, attention_mask=torch.ones(2, 6), past_key_values=cache)),
-        (ValueError, "can't honour", dict(input_ids=ids, attention_mask=torch.ones(2, 1, 6, 6))),
-        (ValueError, "position_ids has shape", dict(input_ids=ids, position_ids=torch.arange(5)[None])),
-        (ValueError, "holds 2 rows", dict(input_ids=ids[:1], past_key_values=cache)),
-        (ValueError, "other layers", dict(input_ids=ids, past_key_values=foreign)),
-        (TypeError, "RecurrentGemmaCache", dict(input_ids=ids, past_key_values=transformers.DynamicCache())),
-        (TypeError, "unknown argument 'num_step'", dict(input_ids=ids, num_step=3)),
-        (ValueError, "either input_ids or inputs_embeds", dict()),
-        (ValueError, "needs eager attention", dict(input_ids=ids, output_attentions=True)),
+        (ValueError, "needs? \\[2, 6\\]", {"input_ids": ids, "attention_mask": torch.ones(2, 5)}),
+        (
+            ValueError,
+            "needs? \\[2, 12\\]",
+            {"input_ids": ids, "attention_mask": torch.ones(2, 6), "past_key_values": cache},
+        ),
+        (ValueError, "can't honour", {"input_ids": ids, "attention_mask": torch.ones(2, 1, 6, 6)}),
+        (ValueError, "position_ids has shape", {"input_ids": ids, "position_ids": torch.arange(5)[None]}),
+        (ValueError, "holds 2 rows", {"input_ids": ids[:1], "past_key_values": cache}),
+        (ValueError, "other layers", {"input_ids": ids, "past_key_values": foreign}),
+        (TypeError, "RecurrentGemmaCache", {"input_ids": ids, "past_key_values": transformers.DynamicCache()}),
+        (TypeError, "unknown argument 'num_step'", {"input_ids": ids, "num_step": 3}),
+        (ValueError, "either input_ids or inputs_embeds", {}),
+        (ValueError, "needs eager attention", {"input_ids": ids, "output_attentions": True}),
         (
             ValueError,
             "differs from the one",
-            dict(
-                input_ids=ids,
-                attention_mask=torch.tensor([[0] + [1] * 11, [1] * 12]),
-                past_key_values=read(model, ids)[1],
-            ),
+            {
+                "input_ids": ids,
+                "attention_mask": torch.tensor([[0] + [1] * 11, [1] * 12]),
+                "past_key_values": read(model, ids)[1],
+            },
         ),
     ]
     for kind, message, inputs in cases:

@@ -15,9 +15,10 @@ def make_inputs(
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, tokens, channels, generator=generator)
     # A decay for every temper: forgetting at once, hardly ever, and all between.
-    a = torch.rand(batch, tokens, channels, generator=generator) ** torch.tensor([0.01, 1.0, 20.0]).repeat(channels)[
-        :channels
-    ]
+    a = (
+        torch.rand(batch, tokens, channels, generator=generator)
+        ** torch.tensor([0.01, 1.0, 20.0]).repeat(channels)[:channels]
+    )
     h0 = torch.randn(batch, channels, generator=generator)
     return x.to(dtype), a.to(dtype), h0.to(dtype)
 
@@ -124,15 +125,15 @@ def test_compiled_graph_holds_one_scan_at_any_length():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(x=torch.zeros(2, 5)), "x and a must both be"),
-        (dict(a=torch.zeros(2, 4, 3)), "x and a must both be"),
-        (dict(h0=torch.zeros(2, 4)), r"h0 must be \[2, 3\]"),
-        (dict(reset=torch.zeros(2, 4, dtype=torch.bool)), r"reset must be bool \[2, 5\]"),
-        (dict(reset=torch.zeros(2, 5)), r"reset must be bool \[2, 5\]"),
+        ({"x": torch.zeros(2, 5)}, "x and a must both be"),
+        ({"a": torch.zeros(2, 4, 3)}, "x and a must both be"),
+        ({"h0": torch.zeros(2, 4)}, r"h0 must be \[2, 3\]"),
+        ({"reset": torch.zeros(2, 4, dtype=torch.bool)}, r"reset must be bool \[2, 5\]"),
+        ({"reset": torch.zeros(2, 5)}, r"reset must be bool \[2, 5\]"),
     ],
 )
 def test_bad_shapes_are_refused_in_one_line(change, message):
-    inputs = dict(x=torch.zeros(2, 5, 3), a=torch.zeros(2, 5, 3)) | change
+    inputs = {"x": torch.zeros(2, 5, 3), "a": torch.zeros(2, 5, 3)} | change
     with pytest.raises(ValueError, match=message) as refusal:
         linear_scan(**inputs)
     assert "\n" not in str(refusal.value)

@@ -1,7 +1,7 @@
 """RecurrentGemma (Griffin, De et al. 2024): gated linear recurrences and windowed attention, in transformers' format.
 
-Config fields, tensor names, arguments and outputs are those of transformers' class, so that hub checkpoints load as they
-are. Every state that outlives a call is in the cache, the recurrence is a scan, and padding is kept out of both.
+Config fields, tensor names, arguments and outputs are those of transformers' class, so that hub checkpoints load as
+they are. Every state that outlives a call is in the cache, the recurrence is a scan, and padding is kept out of both.
 
 Shapes: B batch, T new tokens, S stored tokens, D width, R width of the recurrence, H heads, G key/value heads,
 K head_dim, W width of a recurrent head (R / H), C taps of the convolution.
@@ -44,7 +44,9 @@ def check_config(config: Any) -> None:
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
     lru_width = config.lru_width or config.hidden_size
     if config.attention_window_size < 1:
-        raise ValueError(f"attention_window_size is {config.attention_window_size}, but a window holds at least 1 token")
+        raise ValueError(
+            f"attention_window_size is {config.attention_window_size}, but a window holds at least 1 token"
+        )
     if config.conv1d_width < 1:
         raise ValueError(f"conv1d_width is {config.conv1d_width}, but a convolution has at least 1 tap")
     if heads < 1 or config.hidden_size % heads:
@@ -355,7 +357,9 @@ class RecurrentBlock(nn.Module):
         width, lru_width, in_std = config.hidden_size, config.lru_width, config.hidden_size**-0.5
         self.linear_y = with_start(nn.Linear(width, lru_width), in_std)
         self.linear_x = with_start(nn.Linear(width, lru_width), in_std)
-        self.linear_out = with_start(nn.Linear(lru_width, width), (config.final_w_init_variance_scale / lru_width) ** 0.5)
+        self.linear_out = with_start(
+            nn.Linear(lru_width, width), (config.final_w_init_variance_scale / lru_width) ** 0.5
+        )
         # Holds the weights under their published names; `_convolve` computes with them.
         self.conv_1d = nn.Conv1d(config.lru_width, config.lru_width, config.conv1d_width, groups=config.lru_width)
         self.rg_lru = RGLRU(config)
@@ -363,12 +367,14 @@ class RecurrentBlock(nn.Module):
 
     def _convolve(self, inputs: torch.Tensor, shared: Pass) -> torch.Tensor:
         """Channelwise causal convolution of `inputs` `[B, C - 1 + T, R]`; returns `[B, T, R]`."""
+        bias = self.conv_1d.bias
+        assert bias is not None
         tokens = inputs.shape[1] - self.conv_1d.kernel_size[0] + 1
         if tokens == 1 and shared.since_start is None:
             # Decoding is a matter of how many small operations there are.
-            return (inputs * self.conv_1d.weight[:, 0].T).sum(1, keepdim=True) + self.conv_1d.bias
+            return (inputs * self.conv_1d.weight[:, 0].T).sum(1, keepdim=True) + bias
         taps = self.conv_1d.weight[:, 0].unbind(-1)
-        out = torch.addcmul(self.conv_1d.bias, inputs[:, len(taps) - 1 :], taps[-1])
+        out = torch.addcmul(bias, inputs[:, len(taps) - 1 :], taps[-1])
         for distance in range(1, len(taps)):
             start = len(taps) - 1 - distance
             reached = inputs[:, start : start + tokens]
@@ -493,8 +499,8 @@ class RecurrentGemmaPreTrainedModel(PreTrainedModel):
     config: RecurrentGemmaConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["RecurrentGemmaLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules = ["RecurrentGemmaLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_attention_backend = False
 
@@ -504,7 +510,7 @@ class RecurrentGemmaPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal weights by fan-in, those of the outputs narrower by depth, biases zero, decays a² even in 0.9² … 0.999²."""
+        """Normal weights by fan-in, outputs narrower by depth, biases zero, squared decays even in 0.9² … 0.999²."""
         config = self.config
         deviation = (config.w_init_variance_scale / config.conv1d_width) ** 0.5
         if isinstance(module, (nn.Linear, nn.Conv1d)):
@@ -544,11 +550,13 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
     def _check_cache(self, cache: Any, batch: int) -> None:
         if not isinstance(cache, RecurrentGemmaCache):
             raise TypeError(
-                f"past_key_values is a {type(cache).__name__}, but RecurrentGemma needs a RecurrentGemmaCache; leave it "
-                "out to get one"
+                f"past_key_values is a {type(cache).__name__}, but RecurrentGemma needs a RecurrentGemmaCache; "
+                "leave it out to get one"
             )
         if cache.signature != cache_signature(self.config):
-            raise ValueError("past_key_values was made for a model with other layers; leave it out to get a fitting one")
+            raise ValueError(
+                "past_key_values was made for a model with other layers; leave it out to get a fitting one"
+            )
         if cache.batch is not None and cache.batch != batch:
             raise ValueError(f"past_key_values holds {cache.batch} rows, but the input has {batch}")
 
@@ -696,8 +704,8 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
             past_key_values: the cache of earlier calls; made here if `use_cache`.
             output_hidden_states: return the scaled embeddings, the output of each layer but the last, and the normed
                 output of the last.
-            output_attentions: return each attention layer's probabilities `[B, H, T, S + T]`; needs eager attention, and
-                a mask without padding after tokens.
+            output_attentions: return each attention layer's probabilities `[B, H, T, S + T]`; needs eager attention,
+                and a mask without padding after tokens.
 
         Raises:
             ValueError: for a mask or positions that can't be honoured, or a cache of other rows or layers.
@@ -741,10 +749,10 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         if cache is not None:
             cache.commit(x.shape[0], x.shape[1], shared.real, shared.document_tokens)
         output = BaseModelOutputWithPast(
-            last_hidden_state=align_right(x, shared.restore, dim=1),  # type: ignore[arg-type]
+            last_hidden_state=align_right(x, shared.restore, dim=1),
             past_key_values=cache,
-            hidden_states=None if record is None else tuple(align_right(h, shared.restore, dim=1) for h in record),  # type: ignore[arg-type]
-            attentions=None if shared.attentions is None else tuple(shared.attentions),  # type: ignore[arg-type]
+            hidden_states=None if record is None else tuple(align_right(h, shared.restore, dim=1) for h in record),
+            attentions=None if shared.attentions is None else tuple(shared.attentions),
         )
         return output if return_dict is not False else output.to_tuple()
 
@@ -752,7 +760,7 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
 class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
     """The language model: the stack and a head tied to the embedding. `generate` is transformers' own."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -760,7 +768,7 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """Give generate() the cache that holds this model's states."""
@@ -821,5 +829,3 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
         return output if return_dict is not False else output.to_tuple()
-
-

@@ -1,8 +1,8 @@
 """Everything that a RecurrentGemma model remembers between calls.
 
 Stored tokens are aligned to the right: a row with less to remember than another has its gap at the left, where nothing
-reads. Shapes: B batch, T new tokens, S stored tokens, G key/value heads, K head_dim, R width of the recurrence, C taps of
-the convolution.
+reads. Shapes: B batch, T new tokens, S stored tokens, G key/value heads, K head_dim, R width of the recurrence, C taps
+of the convolution.
 """
 
 from collections.abc import Callable
@@ -60,7 +60,8 @@ class WindowLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         tokens = key_states.shape[2]
         # Writing in place would break the graph of a pass that is still to be differentiated.
         in_place = not (self.record_past or key_states.requires_grad or self.keys.requires_grad)
@@ -81,7 +82,8 @@ class WindowLayer(CacheLayerMixin):
         return both[0], both[1]
 
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         end = self.end + key_states.shape[2]
         if end > self.keys.shape[2]:
             capacity = self.kept + self.room
@@ -92,7 +94,8 @@ class WindowLayer(CacheLayerMixin):
                 setattr(self, name, new)
             self.start, self.end = 0, self.stored
             end = self.end + key_states.shape[2]
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         self.keys[:, :, self.end : end] = key_states
         self.values[:, :, self.end : end] = value_states
         start, self.end = self.start, end
@@ -104,7 +107,7 @@ class WindowLayer(CacheLayerMixin):
         self.start = max(self.start, self.end - self.kept)
 
     def memory_bytes(self) -> int:
-        return self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes() if self.is_initialized else 0  # type: ignore[union-attr]
+        return sum(part.untyped_storage().nbytes() for part in (self.keys, self.values) if part is not None)
 
     def get_seq_length(self) -> int:
         return self.stored
@@ -122,7 +125,8 @@ class WindowLayer(CacheLayerMixin):
 
     def map_rows(self, change: RowChange) -> None:
         if self.is_initialized:
-            assert self.keys is not None and self.values is not None
+            assert self.keys is not None
+            assert self.values is not None
             self.keys, self.values = change(self.keys), change(self.values)
 
 
@@ -207,8 +211,8 @@ def cache_signature(config: Any) -> tuple[Any, ...]:
 class RecurrentGemmaCache(Cache):
     """The memory of one generation: nothing of it is on the model, and it does not grow with the text.
 
-    `crop` needs what a fixed-size state has forgotten: call `activate_past_recording()` first, as transformers' assisted
-    decoding does, and every token's states are kept until the next crop.
+    `crop` needs what a fixed-size state has forgotten: call `activate_past_recording()` first, as transformers'
+    assisted decoding does, and every token's states are kept until the next crop.
 
     Args:
         config: the model's configuration.
@@ -217,12 +221,9 @@ class RecurrentGemmaCache(Cache):
     def __init__(self, config: Any) -> None:
         types = [config.block_types[i % len(config.block_types)] for i in range(config.num_hidden_layers)]
         self.signature = cache_signature(config)
-        super().__init__(
-            layers=[
-                WindowLayer(config.attention_window_size) if kind == "attention" else RecurrentLayer(config.conv1d_width)
-                for kind in types
-            ]
-        )
+        window, taps = config.attention_window_size, config.conv1d_width
+        layers: list[Any] = [WindowLayer(window) if kind == "attention" else RecurrentLayer(taps) for kind in types]
+        super().__init__(layers=layers)
         self.kept = config.attention_window_size - 1
         self.recording = False
         self._start_over()
@@ -235,6 +236,11 @@ class RecurrentGemmaCache(Cache):
         self.document_tokens: torch.Tensor | None = None
         # Columns that a crop may still take back.
         self.croppable = 0
+
+    @property
+    def _own_layers(self) -> list[Any]:
+        """The layers, with the methods that transformers' do not have."""
+        return self.layers
 
     @property
     def stored(self) -> int:
@@ -274,7 +280,7 @@ class RecurrentGemmaCache(Cache):
     def activate_past_recording(self) -> None:
         """Keep every token's states until the next crop."""
         self.recording = True
-        for layer in self.layers:
+        for layer in self._own_layers:
             layer.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -286,14 +292,15 @@ class RecurrentGemmaCache(Cache):
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
-        if -tokens_to_remove > self.croppable:
+        remove = -tokens_to_remove
+        if remove > self.croppable:
             raise ValueError(
-                f"can't crop {-tokens_to_remove} tokens: {self.croppable} were recorded since the last crop or padding; "
+                f"can't crop {remove} tokens: {self.croppable} were recorded since the last crop or padding; "
                 "call activate_past_recording() before feeding them"
             )
         if not self.recording:
             return
-        for layer in self.layers:
+        for layer in self._own_layers:
             layer.crop(tokens_to_remove)
         self.length += tokens_to_remove
         self.croppable = 0
@@ -304,7 +311,7 @@ class RecurrentGemmaCache(Cache):
 
     def memory_bytes(self) -> int:
         """Bytes held by all layers, reserved room included."""
-        return sum(layer.memory_bytes() for layer in self.layers)
+        return sum(layer.memory_bytes() for layer in self._own_layers)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
@@ -331,7 +338,7 @@ class RecurrentGemmaCache(Cache):
         self._start_over()
 
     def _map_rows(self, change: RowChange) -> None:
-        for layer in self.layers:
+        for layer in self._own_layers:
             layer.map_rows(change)
         for name in ("real_tokens", "document_tokens"):
             counts = getattr(self, name)

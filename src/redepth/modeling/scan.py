@@ -46,10 +46,7 @@ def linear_scan(
     x, a, h0 = _checked(x, a, h0, reset)
     if x.shape[1] == 0:
         return torch.zeros_like(x), h0
-    if x.shape[1] == 1:
-        h = torch.addcmul(x, a, h0[:, None])
-    else:
-        h = _scan_op(x, a, h0)
+    h = torch.addcmul(x, a, h0[:, None]) if x.shape[1] == 1 else _scan_op(x, a, h0)
     return h, h[:, -1]
 
 
@@ -84,7 +81,7 @@ def _scan(x: torch.Tensor, a: torch.Tensor, h0: torch.Tensor, reverse: bool) -> 
     twice and writes h once, and was the fastest of those tried on CPU: a loop over tokens takes 4 to 7 times as long at
     4,096 tokens of 256 to 512 channels, and doubling (Hillis and Steele 1986) more than that.
     """
-    batch, tokens, channels = x.shape
+    tokens = x.shape[1]
     order = slice(None, None, -1 if reverse else 1)
     h = torch.empty_like(x, memory_format=torch.contiguous_format)
     length = _chunk_length(tokens)
@@ -103,9 +100,7 @@ def _scan(x: torch.Tensor, a: torch.Tensor, h0: torch.Tensor, reverse: bool) -> 
                 state = torch.addcmul(xt, at, state, out=ht)
             continue
         # C tensors [B, N, D] each.
-        xs, as_, hs = (
-            tensor[:, part].unflatten(1, (chunks, length)).unbind(2)[order] for tensor in (x, a, h)
-        )
+        xs, as_, hs = (tensor[:, part].unflatten(1, (chunks, length)).unbind(2)[order] for tensor in (x, a, h))
         end, product = xs[0].clone(), as_[0].clone()
         for xc, ac in zip(xs[1:], as_[1:], strict=True):
             torch.addcmul(xc, ac, end, out=end)
