@@ -100,6 +100,11 @@ class Pass:
     document_tokens: torch.Tensor | None = field(default=None, repr=False)
 
 
+def times(fresh: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """fresh · other, written over `fresh` unless a gradient needs it: new memory costs more than the product."""
+    return fresh * other if fresh.requires_grad or other.requires_grad else fresh.mul_(other)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm with weight 1 + w, in fp32 up to the cast."""
 
@@ -109,7 +114,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps).to(x.dtype)
+        wide = x.float()
+        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1]
+        normed = wide * torch.rsqrt(mean_square + self.eps)
+        return times(normed, 1.0 + self.weight.float()).to(x.dtype)
 
 
 def rotations(config: Any, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -331,7 +339,7 @@ class RGLRU(nn.Module):
     def forward(self, x: torch.Tensor, shared: Pass, h0: torch.Tensor | None) -> torch.Tensor:
         """`x` is `[B, T, R]`, `h0` `[B, R]` in fp32; returns every h `[B, T, R]` in fp32."""
         log_a = self._gate(x, self.recurrent_gate_weight, self.recurrent_gate_bias)
-        log_a = log_a * (-DECAY_POWER * nn.functional.softplus(self.recurrent_param.float()))
+        log_a = times(log_a, -DECAY_POWER * nn.functional.softplus(self.recurrent_param.float()))
         # Without a graph the plain operations, in place, do the same with less.
         learning = log_a.requires_grad
         scale = InputScale.apply(log_a) if learning else (2 * log_a).expm1_().neg_().sqrt_()
@@ -380,7 +388,7 @@ class RecurrentBlock(nn.Module):
             reached = inputs[:, start : start + tokens]
             if shared.since_start is not None:
                 reached = reached * (shared.since_start >= distance)[..., None]
-            out = torch.addcmul(out, reached, taps[start])
+            out.addcmul_(reached, taps[start])
         return out
 
     def forward(self, x: torch.Tensor, shared: Pass) -> torch.Tensor:
@@ -398,7 +406,7 @@ class RecurrentBlock(nn.Module):
             x = self._convolve(layer.with_inputs(x, shared.input_order), shared)
             h = self.rg_lru(x, shared, layer.state())
             layer.store_states(h)
-        return self.linear_out(h.to(gate.dtype) * gate)
+        return self.linear_out(times(gate, h.to(gate.dtype)))
 
 
 class MLP(nn.Module):
@@ -413,7 +421,7 @@ class MLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_activation]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(times(self.act_fn(self.gate_proj(x)), self.up_proj(x)))
 
 
 class RecurrentGemmaLayer(GradientCheckpointingLayer):
