@@ -62,7 +62,7 @@ def median_times(turns: dict[str, Callable[[], Any]], repeats: int) -> dict[str,
 
 
 def matrix_products(config: Any, rows: int, head_rows: int, dtype: torch.dtype) -> Callable[[bool], None]:
-    """A function that runs the products with weights of a pass over `rows` tokens, with `True` those of its gradients too."""
+    """A function that runs a pass over `rows` tokens: its products with weights, with `True` their gradients' too."""
     width, head_dim = config.hidden_size, config.hidden_size // config.num_attention_heads
     mlp, lru, heads = config.intermediate_size // 2, config.lru_width, config.num_attention_heads
     dense = [(rows, width, mlp), (rows, width, mlp), (rows, mlp, width)] * config.num_hidden_layers
