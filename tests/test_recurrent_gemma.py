@@ -180,6 +180,8 @@ def test_other_call_arguments_equal_transformers():
         for keep in (0, 3, indices):
             expected = oracle(**inputs, use_cache=False, logits_to_keep=keep).logits
             assert_near(model(**inputs, logits_to_keep=keep).logits, expected)
+    shifted = torch.nn.functional.pad(ids, (0, 1), value=-100)[:, 1:]
+    assert_near(model(ids, shift_labels=shifted).loss, model(ids, labels=ids).loss)
     as_tuple = model(ids, return_dict=False, use_cache=False)
     assert isinstance(as_tuple, tuple)
     assert_near(as_tuple[0], model(ids).logits)

@@ -800,6 +800,7 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         past_key_values: RecurrentGemmaCache | None = None,
@@ -809,7 +810,7 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
         """As `RecurrentGemmaModel.forward`, and
 
         Args:
-            labels: `[B, T]`, shifted inside; -100 is left out of the loss.
+            labels: `[B, T]`, shifted inside; -100 is left out of the loss. `shift_labels` are taken as they are.
             logits_to_keep: how many last tokens get logits, 0 for all, or their indices.
         """
         outputs = self.model(
@@ -824,10 +825,10 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = outputs.last_hidden_state[:, kept]
         cap, loss = self.config.logits_soft_cap, None
-        if labels is None and kwargs.get("shift_labels") is None:
+        if labels is None and shift_labels is None:
             logits = SoftCap.apply(self.lm_head(hidden), cap)
         else:
-            logits, loss = capped_loss(self.lm_head(hidden.flatten(0, 1)), labels, cap, **kwargs)
+            logits, loss = capped_loss(self.lm_head(hidden.flatten(0, 1)), labels, cap, shift_labels=shift_labels, **kwargs)
             logits = logits.unflatten(0, hidden.shape[:2])
         output = CausalLMOutputWithPast(
             loss=loss,
