@@ -828,7 +828,9 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
         if labels is None and shift_labels is None:
             logits = SoftCap.apply(self.lm_head(hidden), cap)
         else:
-            logits, loss = capped_loss(self.lm_head(hidden.flatten(0, 1)), labels, cap, shift_labels=shift_labels, **kwargs)
+            logits, loss = capped_loss(
+                self.lm_head(hidden.flatten(0, 1)), labels, cap, shift_labels=shift_labels, **kwargs
+            )
             logits = logits.unflatten(0, hidden.shape[:2])
         output = CausalLMOutputWithPast(
             loss=loss,
