@@ -66,8 +66,8 @@ def main() -> None:
     model = RecurrentGemmaForCausalLM(
         RecurrentGemmaConfig(
             vocab_size=256,
-            hidden_size=192,
-            intermediate_size=1_152,
+            hidden_size=128,
+            intermediate_size=768,
             num_attention_heads=4,
             num_key_value_heads=1,
             num_hidden_layers=6,
@@ -81,7 +81,7 @@ def main() -> None:
     size = sum(parameter.numel() for parameter in model.parameters())
     print(f"{len(train):,} bytes to learn from, {len(test):,} held out, {size / 1e6:.1f} M parameters")
 
-    batch, length, peak = 8, 256, 3e-3
+    batch, length, peak = 4, 256, 4e-3
     matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
     others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     optimiser = torch.optim.AdamW(
