@@ -1,6 +1,6 @@
 """Train a small Griffin from scratch on Python's own documentation, and let it write.
 
-    python examples/train_griffin.py                 # about three minutes on two cores
+    python examples/train_griffin.py                 # about three minutes
     python examples/train_griffin.py --seconds 60
 
 The text is what `help()` prints for the language's topics and what the standard library says of itself, so no download
