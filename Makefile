@@ -1,4 +1,5 @@
 # make demo        convert, verify, heal and run a real model
+# make demo-griffin  train a small Griffin from scratch and let it write
 # make test        the tests; make test-all adds the slow ones
 # make lint        style and types
 
@@ -10,7 +11,7 @@ STAMP := $(VENV)/.installed
 # Every install is held to constraints.txt, so that all machines run the same versions.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo demo-griffin test test-all lint clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (a few minutes the first time)"
@@ -24,6 +25,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	@$(BIN)/python examples/demo.py
+
+demo-griffin: $(STAMP)
+	@$(BIN)/python examples/train_griffin.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

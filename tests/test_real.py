@@ -30,13 +30,19 @@ def test_full_cover_is_exact_and_the_model_speaks(name: str, tmp_path: Path) -> 
 
     model, tokenizer = redepth.load(tmp_path / "out"), load_tokenizer(tmp_path / "out")
     prompts = ["The capital of France is", "As everyone in the world knows, the capital of France is"]
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
-    ids = model.generate(**inputs, num_steps=2, max_new_tokens=3, do_sample=False)
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    assert all("Paris" in text for text in texts)
+    options = {"num_steps": 2, "max_new_tokens": 5, "do_sample": False}
+    batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    texts = tokenizer.batch_decode(model.generate(**batch, **options), skip_special_tokens=True)
+    for prompt, text in zip(prompts, texts, strict=True):
+        alone = model.generate(**tokenizer(prompt, return_tensors="pt"), **options)
+        assert tokenizer.decode(alone[0], skip_special_tokens=True) == text
 
-    # A short looped middle starts almost unhurt at every depth.
-    _, rows = training_and_held_out(tokenizer, PYTHON_DOCS, "text", None, 64, 4, seed=0)
-    losses = loss_by_depth(model.to(torch.bfloat16), rows, (1, 2, 8))
-    assert losses[1] < 4.5
-    assert max(losses.values()) - losses[1] < 0.5
+
+def test_default_plan_starts_almost_unhurt(tmp_path: Path) -> None:
+    """On SmolLM2, that is; Gemma 3 does lose with depth, see dev/LOG.md."""
+    conversion = plan_conversion("smollm2-135m")
+    model = conversion.model().to(torch.bfloat16)
+    _, rows = training_and_held_out(conversion.source.tokenizer, PYTHON_DOCS, "text", None, 128, 4, seed=0)
+    losses = loss_by_depth(model, rows, (1, 2, 8))
+    assert losses[1] < 3.5
+    assert max(losses.values()) - losses[1] < 0.1

@@ -1,13 +1,22 @@
 """redepth: depth-recurrent language models, from surgery to generation.
 
-Importing it registers the published `huginn_raven` format with transformers' Auto classes.
+Importing it registers the published `huginn_raven` format with transformers' Auto classes. For `recurrent_gemma` they go
+on giving transformers' own class; `redepth.load` gives redepth's.
 """
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .errors import RedepthError
 from .loading import load
-from .modeling import RecurrentDepthCache, RecurrentDepthConfig, RecurrentDepthForCausalLM
+from .modeling import (
+    RecurrentDepthCache,
+    RecurrentDepthConfig,
+    RecurrentDepthForCausalLM,
+    RecurrentGemmaCache,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+    RecurrentGemmaModel,
+)
 from .surgery.convert import convert
 from .surgery.verify import verify
 
@@ -18,6 +27,10 @@ __all__ = [
     "RecurrentDepthCache",
     "RecurrentDepthConfig",
     "RecurrentDepthForCausalLM",
+    "RecurrentGemmaCache",
+    "RecurrentGemmaConfig",
+    "RecurrentGemmaForCausalLM",
+    "RecurrentGemmaModel",
     "RedepthError",
     "convert",
     "load",

@@ -8,16 +8,20 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from redepth.errors import RedepthError
-from redepth.modeling import RecurrentDepthConfig, RecurrentDepthForCausalLM
+from redepth.modeling import RecurrentDepthConfig, RecurrentDepthForCausalLM, RecurrentGemmaForCausalLM
 from redepth.modeling.kinds import Kind, complete_config
 
+MODEL_CLASSES: dict[str, Any] = {
+    "huginn_raven": RecurrentDepthForCausalLM,
+    "recurrent_gemma": RecurrentGemmaForCausalLM,
+}
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load(
     name: str | Path, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
-) -> RecurrentDepthForCausalLM:
-    """A recurrent model, in eval mode.
+) -> RecurrentDepthForCausalLM | RecurrentGemmaForCausalLM:
+    """A model recurrent in depth (`huginn_raven`) or in time (`recurrent_gemma`), in eval mode.
 
     Args:
         name: folder or hub id.
@@ -31,9 +35,9 @@ def load(
         if dtype not in DTYPES:
             raise RedepthError(f"dtype {dtype!r} is unknown; use {', '.join(DTYPES)}")
         dtype = DTYPES[dtype]  # type: ignore[assignment]
-    _check_kind(name)
+    model_class = MODEL_CLASSES[_model_type(name, tuple(MODEL_CLASSES))]
     try:
-        loaded: Any = RecurrentDepthForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        loaded: Any = model_class.from_pretrained(name, dtype=dtype, output_loading_info=True)
     except (OSError, SafetensorError) as error:
         raise RedepthError(f"checkpoint {str(name)!r} can't be read, perhaps cut short: {_first_line(error)}") from None
     model, report = loaded
@@ -53,7 +57,7 @@ def read_config(name: str | Path) -> tuple[RecurrentDepthConfig, Kind | None]:
     Raises:
         RedepthError: where there is no such checkpoint, or it fits no kind.
     """
-    _check_kind(name)
+    _model_type(name, (RecurrentDepthConfig.model_type,))
     try:
         config = RecurrentDepthConfig.from_pretrained(name)
         return config, complete_config(config, name)
@@ -73,7 +77,7 @@ def load_tokenizer(name: str | Path) -> Any:
         raise RedepthError(f"checkpoint {str(name)!r} has no usable tokenizer: {_first_line(error)}") from None
 
 
-def _check_kind(name: str | Path) -> None:
+def _model_type(name: str | Path, known: tuple[str, ...]) -> str:
     text = str(name)
     folder = Path(text).expanduser()
     if folder.exists() and not (folder / "config.json").is_file():
@@ -84,11 +88,12 @@ def _check_kind(name: str | Path) -> None:
         values, _ = RecurrentDepthConfig.get_config_dict(folder if folder.exists() else text)
     except (OSError, ValueError) as error:
         raise RedepthError(f"checkpoint {text!r} has no readable configuration: {_first_line(error)}") from None
-    kind = values.get("model_type")
-    if kind != RecurrentDepthConfig.model_type:
+    model_type = values.get("model_type")
+    if model_type not in known:
         raise RedepthError(
-            f"{text!r} is a {kind!r} checkpoint, not a recurrent one; convert it with redepth convert first"
+            f"{text!r} is a {model_type!r} checkpoint, not a recurrent one; convert it with redepth convert first"
         )
+    return model_type
 
 
 def _first_line(error: BaseException) -> str:

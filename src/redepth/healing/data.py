@@ -61,9 +61,10 @@ def rows_of(documents: Iterator[dict[str, Any]], tokenizer: Any, length: int) ->
     """Rows of `length` tokens from documents laid end to end, each closed by the end-of-text token."""
     held: list[int] = []
     for document in documents:
-        held += tokenizer(document["text"], add_special_tokens=False, verbose=False)["input_ids"]
-        if tokenizer.eos_token_id is not None:
-            held.append(tokenizer.eos_token_id)
+        # With the special tokens that the model expects, such as Gemma's at the start.
+        ids = tokenizer(document["text"], verbose=False)["input_ids"]
+        closed = tokenizer.eos_token_id is None or ids[-1:] == [tokenizer.eos_token_id]
+        held += ids if closed else [*ids, tokenizer.eos_token_id]
         while len(held) >= length:
             yield held[:length]
             held = held[length:]
