@@ -1,6 +1,6 @@
 """Parameters and floating-point operations of a recurrent model, as the published accounting counts them."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -20,6 +20,10 @@ class ParameterCount:
     @property
     def total(self) -> int:
         return self.embedding + self.prelude + self.core + self.coda + self.head
+
+    def by_part(self) -> dict[str, int]:
+        """Each part's parameters by its name, and `total`."""
+        return asdict(self) | {"total": self.total}
 
     def forward_flops_per_token(self, num_steps: int) -> float:
         """2·[P + r·R + C]: the matrix products of the layers, without attention scores, embedding and head."""

@@ -28,14 +28,7 @@ def summary(conversion: Conversion) -> dict[str, object]:
         "adapter": conversion.adapter,
         "state": conversion.config.initial_state_mode,
         "dtype": str(conversion.dtype).removeprefix("torch."),
-        "parameters": {
-            "embedding": count.embedding,
-            "prelude": count.prelude,
-            "core": count.core,
-            "coda": count.coda,
-            "head": count.head,
-            "total": count.total,
-        },
+        "parameters": count.by_part(),
         "forward_flops_per_token": {depth: count.forward_flops_per_token(depth) for depth in SHOWN_DEPTHS},
     }
 

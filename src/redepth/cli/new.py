@@ -45,17 +45,10 @@ def command(
     count = count_parameters(config)
     if out is not None and not dry_run:
         create(config, out, words, DTYPES[dtype], seed, overwrite)
-    parts = {
-        "embedding": count.embedding,
-        "prelude": count.prelude,
-        "core": count.core,
-        "coda": count.coda,
-        "head": count.head,
-    }
     if as_json:
-        print_json({"preset": preset, "parameters": parts | {"total": count.total}})
+        print_json({"preset": preset, "parameters": count.by_part()})
     elif not quiet:
         table = Table("part", "parameters", title=preset)
-        for part, size in (parts | {"total": count.total}).items():
+        for part, size in count.by_part().items():
             table.add_row(part, f"{size:,}" if size else "tied")
         results.print(table)
