@@ -15,6 +15,8 @@ from redepth.healing.curriculum import depth_of_step, learning_rate_factor, mean
 from redepth.healing.data import PackedText, open_text, rows_of, training_and_held_out
 from redepth.healing.recipe import HealRecipe, read_heal_recipe
 from redepth.healing.trainer import HealTrainer, check_gradients, heal
+from redepth.presets import preset_config
+from redepth.surgery.create import create
 from redepth.surgery.folder import read_recipe
 from redepth.text import python_docs
 from tests.zoo import VOCABULARY, random_ids
@@ -98,6 +100,17 @@ def test_resumed_run_equals_the_unbroken_one(checkpoint: Path, tmp_path: Path, m
     assert resumed.loss_before == unbroken.loss_before
     for depth, loss in unbroken.loss_after.items():
         assert abs(resumed.loss_after[depth] - loss) < 1e-6
+
+
+def test_fresh_models_can_be_trained_too(source: Path, tmp_path: Path) -> None:
+    create(preset_config("nano", vocab_size=VOCABULARY), tmp_path / "new", byte_tokenizer(), torch.bfloat16)
+    (tmp_path / "new" / "README.md").write_text("# mine\n")
+    healing = heal(tmp_path / "new", HealRecipe(**SHORT))
+    assert healing.loss_after[4] < healing.loss_before[4]
+    assert redepth.load(tmp_path / "new").dtype == torch.bfloat16
+    assert (tmp_path / "new" / "README.md").read_text() == "# mine\n"
+    with pytest.raises(RedepthError, match="no source to compare"):
+        redepth.verify(tmp_path / "new")
 
 
 def test_same_seed_same_run(checkpoint: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from redepth.loading import read_config
 from redepth.modeling import RecurrentDepthConfig
 from redepth.modeling.cache import parse_cache_rule
-from redepth.surgery.folder import HEALING_FILE, RECIPE_FILE, read_json, read_recipe
+from redepth.surgery.folder import HEALING_FILE, read_json, read_recipe
 
 from .cost import count_parameters
 
@@ -43,7 +43,7 @@ def inspect(checkpoint: str | Path, depths: tuple[int, ...] = (1, 4, 8, 16, 32))
     """
     config, kind = read_config(checkpoint)
     folder = Path(checkpoint)
-    recipe = read_recipe(folder) if (folder / RECIPE_FILE).exists() else {}
+    recipe = read_recipe(folder)
     healing = read_json(folder / HEALING_FILE) or {}
     converted = recipe.get("convert")
     if kind is not None:

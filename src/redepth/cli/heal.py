@@ -20,7 +20,7 @@ def note(record: "Progress") -> str:
 
 
 def command(
-    checkpoint: Annotated[Path, typer.Argument(metavar="OUT", help="Folder made by redepth convert.")],
+    checkpoint: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a recurrent checkpoint.")],
     recipe: Annotated[Path | None, typer.Option(help="YAML file with a section 'heal'.")] = None,
     to: Annotated[Path | None, typer.Option(help="Write the healed model here instead of in place.")] = None,
     data: Annotated[
@@ -43,7 +43,7 @@ def command(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train a converted model so that it makes use of its depth.
+    """Train a recurrent model so that it makes use of its depth.
 
     Flags go over the recipe. An interrupted run goes on when the same command is given again.
 

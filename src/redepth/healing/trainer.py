@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoTokenizer,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -22,6 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from redepth.errors import RedepthError
 from redepth.evaluation.loss import loss_by_depth
+from redepth.loading import load_tokenizer, read_config
 from redepth.modeling import RecurrentDepthForCausalLM
 from redepth.surgery.card import write_card
 from redepth.surgery.folder import HEALING_FILE, read_json, read_recipe, whole_folder, write_json, write_recipe
@@ -215,13 +215,13 @@ def heal(
     out: str | Path | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Healing:
-    """Train a converted checkpoint so that it makes use of its depth.
+    """Train a recurrent checkpoint so that it makes use of its depth.
 
     Checkpoints to resume from lie in `healing/` inside the folder while the run goes on; the same call after an
     interruption goes on from the last one. At the end the healed model takes its place, written whole.
 
     Args:
-        checkpoint: folder made by `redepth convert`.
+        checkpoint: folder of a recurrent checkpoint: converted, new or published.
         recipe: the defaults of `HealRecipe` if left out.
         out: folder for the healed model, instead of healing in place.
         on_progress: called with each record of the run.
@@ -235,10 +235,14 @@ def heal(
     target = Path(out) if out is not None else folder
     if target != folder and target.exists():
         raise RedepthError(f"{target} already exists; give another folder for the healed model")
-    made_by = read_recipe(folder)
+    config, _ = read_config(folder)
     if (folder / HEALING_FILE).exists():
         raise RedepthError(f"{folder} is healed already; convert its source again, or heal another folder")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
+    if recipe.sequence_length > config.block_size:
+        raise RedepthError(
+            f"sequence_length {recipe.sequence_length} is more than the {config.block_size} tokens the model allows"
+        )
     rows, held_out = training_and_held_out(
         tokenizer,
         recipe.data,
@@ -253,11 +257,6 @@ def heal(
     bf16 = recipe.precision != "fp32" and processor_has_bf16()
 
     model = RecurrentDepthForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    if recipe.sequence_length > model.config.block_size:
-        raise RedepthError(
-            f"sequence_length {recipe.sequence_length} is more than the {model.config.block_size} tokens the model allows"
-        )
-    saved_dtype = made_by["convert"]["dtype"]
     work = folder / WORK_FOLDER
     work.mkdir(exist_ok=True)
     settings = recipe.model_dump(mode="json")
@@ -294,7 +293,8 @@ def heal(
         loss_before={int(depth): loss for depth, loss in begun["loss_before"].items()},
         loss_after=after,
     )
-    _save(healed, folder, target, saved_dtype, healing, made_by | {"heal": settings}, recipe)
+    saved = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    _save(healed, folder, target, saved, healing, recipe)
     return healing
 
 
@@ -302,21 +302,21 @@ def _save(
     model: RecurrentDepthForCausalLM,
     folder: Path,
     target: Path,
-    dtype: str,
+    dtype: torch.dtype,
     healing: Healing,
-    recipe: dict[str, Any],
-    settings: HealRecipe,
+    recipe: HealRecipe,
 ) -> None:
     """Write the healed checkpoint whole: the folder's other files, new weights, records and card."""
-    model.config.mean_recurrence = round(settings.mean_recurrence)
-    model.config.mean_backprop_depth = settings.backprop_depth
+    model.config.mean_recurrence = round(recipe.mean_recurrence)
+    model.config.mean_backprop_depth = recipe.backprop_depth
     model.config.use_cache = True
     with whole_folder(target, overwrite=target == folder) as beside:
         for file in folder.iterdir():
             if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json")):
                 shutil.copy2(file, beside / file.name)
-        model.to(getattr(torch, dtype)).save_pretrained(beside)
+        model.to(dtype)  # type: ignore[arg-type]
+        model.save_pretrained(beside)
         write_json(beside / HEALING_FILE, asdict(healing))
-        write_recipe(beside, recipe)
+        write_recipe(beside, read_recipe(folder) | {"heal": recipe.model_dump(mode="json")})
         write_card(beside)
     shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)

@@ -67,8 +67,13 @@ def _healing_section(healing: dict[str, Any] | None) -> str:
 
 
 def write_card(folder: Path) -> None:
-    """Write README.md from the folder's config, recipe, verification and healing records."""
+    """Write README.md from the folder's config, recipe, verification and healing records.
+
+    The card of a checkpoint that redepth did not convert is its owner's and stays as it is.
+    """
     recipe = read_recipe(folder)
+    if "convert" not in recipe:
+        return
     origin = recipe["source"]
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     healing = read_json(folder / HEALING_FILE)

@@ -19,17 +19,9 @@ HEALING_FILE = "healing.json"
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:
-    """The record of how the checkpoint was made.
-
-    Raises:
-        RedepthError: where there is none.
-    """
+    """The record of how the checkpoint was made, with sections `convert` and `heal`; empty where there is none."""
     file = folder / RECIPE_FILE
-    if not file.exists():
-        raise RedepthError(
-            f"{folder} has no {RECIPE_FILE}, so it was not made by redepth convert; convert its source first"
-        )
-    return yaml.safe_load(file.read_text(encoding="utf-8"))
+    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def write_recipe(folder: Path, recipe: dict[str, Any]) -> None:

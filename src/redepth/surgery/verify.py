@@ -129,7 +129,9 @@ def verify(
         RedepthError: if `out` was not made by redepth, or not from such a source.
     """
     folder = Path(out)
-    recipe = read_recipe(folder)["convert"]
+    recipe = read_recipe(folder).get("convert")
+    if recipe is None:
+        raise RedepthError(f"{folder} was not made by redepth convert, so there is no source to compare it with")
     source = against if isinstance(against, Source) else open_source(against or recipe["source"])
     conversion = plan_conversion(
         source,
