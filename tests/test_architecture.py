@@ -10,6 +10,7 @@ MODELING_MAY_IMPORT = {
     "torch",
     "transformers",
     "safetensors",
+    "difflib",
     "json",
     "collections",
     "contextlib",

@@ -100,6 +100,11 @@ def test_heal_and_generate(redepth_command, source: Path, tmp_path: Path) -> Non
     code, out, _ = redepth_command("generate", out_folder, "a depth", "--num-steps", 2, "--max-new-tokens", 4)
     assert code == 0
     assert "a depth" in out
+    words = ("generate", out_folder, "a depth", "--num-steps", 8, "--max-new-tokens", 4, "--criterion", "latent-diff")
+    code, out, err = redepth_command(*words, "--exit-threshold", 0.5)
+    assert code == 0
+    assert "steps a token on average" in err
+    assert 2 <= json.loads(redepth_command(*words, "--json")[1])["mean_steps"]["8"] <= 8
     code, out, _ = redepth_command(
         "generate", out_folder, "a depth", "--num-steps", 1, "--num-steps", 4, "--max-new-tokens", 4, "--json"
     )
@@ -154,6 +159,8 @@ def test_inspect_new_and_republish(redepth_command, checkpoint: Path, tmp_path: 
         (["generate", "{checkpoint}", "hi", "--num-steps", "0"], "at least 1"),
         (["generate", "{checkpoint}", "hi", "--cache-rule", "ring"], "unknown cache rule 'ring'"),
         (["generate", "{checkpoint}", "hi", "--temperature", "-1"], "--temperature"),
+        (["generate", "{checkpoint}", "hi", "--num-steps", "4", "--criterion", "kll"], "did you mean 'kl'"),
+        (["generate", "{checkpoint}", "hi", "--criterion", "kl", "--exit-threshold", "-1"], "above 0"),
         (["generate", "{checkpoint}", "hello " * 40], "128 this model allows"),
         (["chat", "{checkpoint}", "--num-steps", "-3"], "at least 1"),
         (["inspect", "{source}"], "not a recurrent one"),

@@ -146,13 +146,13 @@ def slow_decode(model, ids: torch.Tensor, depths: list[int], rule: str) -> torch
             ring = int(rule.removeprefix("ring-"))
             return max(j for j in ran if j % ring == step % ring)
 
-        def update(self, key, value, layer, step):
+        def update(self, key, value, layer, step, some):
             record[self.token, layer, step] = (key, value)
             entries = [record[t, layer, self.step_to_read(t, step)] for t in range(self.token)]
             keys, values = zip(*entries, (key, value), strict=True)
             return torch.cat(keys, dim=2), torch.cat(values, dim=2)
 
-        def commit(self, tokens):
+        def commit(self, hidden, steps_run):
             pass
 
     logits = []

@@ -235,6 +235,24 @@ def test_model_card_of_huginn(tmp_path: Path) -> None:
         tokenizer.encode(chat, return_tensors="pt", add_special_tokens=False), config, num_steps=8, tokenizer=tokenizer
     )
 
+    adaptive = model.generate_with_adaptive_compute(
+        ids,
+        config,
+        num_steps=16,
+        tokenizer=tokenizer,
+        criterion="entropy-diff",
+        exit_threshold="auto",
+        cache_kwargs={"lookup_strategy": "latest-m4"},
+        continuous_compute=False,
+    )
+    assert adaptive.past_key_values.steps_run.max() <= 16
+    plain = model.generate_with_adaptive_compute(ids, config, num_steps=8, tokenizer=tokenizer, criterion="none")
+    assert torch.equal(plain.sequences, outputs.sequences)
+    with pytest.raises(ValueError, match="continuous_compute"):
+        model.generate_with_adaptive_compute(ids, config, continuous_compute=True)
+    with pytest.raises(ValueError, match="'lookup'"):
+        model.generate_with_adaptive_compute(ids, config, cache_kwargs={"lookup": "full"})
+
     first = model(input_ids=ids, use_cache=True, num_steps=8)
     second = model(ids[:, -1:], use_cache=True, past_key_values=first.past_key_values, num_steps=8)
     fields = ("loss", "logits", "log_ppl", "past_key_values", "latent_states", "hidden_states", "stats")

@@ -143,7 +143,17 @@ def test_no_layer_before_or_after_the_core(zoo, tmp_path: Path) -> None:
 def test_output_folder_is_complete(zoo, tmp_path: Path) -> None:
     redepth.convert(zoo["gemma2"], tmp_path / "out")
     names = {file.name for file in (tmp_path / "out").iterdir()}
-    modelling = {"blocks.py", "cache.py", "configuration.py", "depth.py", "kinds.py", "loss.py", "model.py", "state.py"}
+    modelling = {
+        "blocks.py",
+        "cache.py",
+        "configuration.py",
+        "depth.py",
+        "exits.py",
+        "kinds.py",
+        "loss.py",
+        "model.py",
+        "state.py",
+    }
     records = {"README.md", "config.json", "generation_config.json", "model.safetensors", "recipe.yaml"}
     assert names == modelling | records
 

@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .cache import RecurrentDepthCache
+from .cache import RecurrentDepthCache, SomeTokens
 from .configuration import RecurrentDepthConfig
 
 
@@ -26,6 +26,7 @@ class PassContext:
     rotations: dict[str, tuple[torch.Tensor, torch.Tensor]]  # by layer type: cos and sin, [B, T, K/2] in fp32
     cache: RecurrentDepthCache | None
     position_ids: torch.Tensor  # [B, T]
+    some: SomeTokens | None = None  # the tokens still in the loop, where others have left it
 
 
 class RMSNorm(nn.Module):
@@ -157,7 +158,7 @@ class Attention(nn.Module):
             cos, sin = context.rotations[self.layer_type]
             query, key = self.rotate(query, cos, sin), self.rotate(key, cos, sin)
         if context.cache is not None:
-            key, value = context.cache.update(key, value, self.layer_idx, step)
+            key, value = context.cache.update(key, value, self.layer_idx, step, context.some)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         mixed, _ = attend(
             self,

@@ -1,6 +1,8 @@
 """Cache of a depth-recurrent model: one slot of keys and values per (layer, step), under a cache rule."""
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +26,38 @@ def parse_cache_rule(rule: str) -> tuple[str, int]:
     if ring is None:
         raise ValueError(f"unknown cache rule {rule!r}; use one of {KNOWN_RULES}")
     return "ring", int(ring.group(1))
+
+
+@dataclass
+class SomeTokens:
+    """The tokens of a pass that are still in the loop, gathered row by row.
+
+    Attributes:
+        rows: `[rows]`, the rows of the batch that have such tokens.
+        positions: `[rows, places]`, their positions in the pass; short rows are filled up with position 0.
+        real: `[rows, places]`, which places are tokens and not filling.
+    """
+
+    rows: torch.Tensor
+    positions: torch.Tensor
+    real: torch.Tensor
+
+    @classmethod
+    def of(cls, active: torch.Tensor) -> "SomeTokens":
+        """From `[batch, tokens]`, which tokens are in the loop; at least one must be."""
+        rows = active.any(1).nonzero()[:, 0]
+        chosen = active[rows]
+        counts = chosen.sum(1)
+        places = int(counts.max())
+        # Tokens first, in order; a stable sort keeps it.
+        positions = chosen.logical_not().to(torch.uint8).sort(dim=1, stable=True).indices[:, :places]
+        real = torch.arange(places, device=active.device) < counts[:, None]
+        return cls(rows, positions.masked_fill(~real, 0), real)
+
+    def gather(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`[batch or 1, tokens, …]` → `[rows, places, …]`."""
+        rows = self.rows[:, None] if tokens.shape[0] > 1 else torch.zeros_like(self.rows)[:, None]
+        return tokens[rows, self.positions]
 
 
 class CacheSlot(CacheLayerMixin):
@@ -69,6 +103,27 @@ class CacheSlot(CacheLayerMixin):
         self.values[:, :, start:end] = value_states
         self.length = max(self.length, end)
         return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def update_some(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, start: int, some: "SomeTokens"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the chosen tokens of a pass that begins at position `start`; the others' entries must be there.
+
+        Args:
+            key_states, value_states: `[rows, kv_heads, places, head_dim]`.
+
+        Returns:
+            the chosen rows' keys and values, `[rows, kv_heads, tokens, head_dim]`.
+        """
+        assert self.keys is not None
+        assert self.values is not None
+        places = start + some.positions
+        rows = some.rows[:, None].expand_as(places)[some.real]
+        self.keys[rows, :, places[some.real]] = key_states.transpose(1, 2)[some.real]
+        self.values[rows, :, places[some.real]] = value_states.transpose(1, 2)[some.real]
+        keys, values = self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        # A view where every row is there; a copy where some have left.
+        return (keys, values) if len(some.rows) == len(keys) else (keys[some.rows], values[some.rows])
 
     def fill_from(self, shallower: "CacheSlot", end: int) -> None:
         """Let the shallower step's entries stand in for the tokens `self.length … end` that never ran this step."""
@@ -147,14 +202,14 @@ class RecurrentDepthCache(Cache):
         self.length = 0
         # Which stored tokens are padding, [batch, length]; None while none is known to be.
         self.padding_mask: torch.Tensor | None = None
-        # The number of steps that each stored token ran, one entry a token.
-        self.steps_run: list[int] = []
+        # The number of steps that each stored token ran, [batch, length].
+        self.steps_run: torch.Tensor | None = None
         self._steps_in_pass = 0
 
     def check_steps(self, num_steps: int) -> None:
         """Refuse, before any compute, a depth that the stored tokens can't serve under this rule."""
         needed = {"full": num_steps, "latest": 1, "ring": min(num_steps, self.ring)}[self.kind]
-        shallowest = min(self.steps_run, default=needed)
+        shallowest = needed if self.steps_run is None or not self.length else int(self.steps_run.min())
         if shallowest < needed:
             raise ValueError(
                 f"num_steps={num_steps} under cache rule {self.rule!r} needs earlier tokens that ran at least {needed} "
@@ -162,7 +217,12 @@ class RecurrentDepthCache(Cache):
             )
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, step: int = 0
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        step: int = 0,
+        some: SomeTokens | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the new tokens' keys and values, and return all that they may read.
 
@@ -170,14 +230,18 @@ class RecurrentDepthCache(Cache):
             key_states, value_states: `[batch, kv_heads, new tokens, head_dim]`.
             layer_idx: the unique layer, counted through prelude, core and coda.
             step: the step, from 1, in the core; 0 in prelude and coda.
+            some: under `latest`, the tokens that these are, where others have left the loop; theirs stand in.
 
         Returns:
             keys and values, `[batch, kv_heads, stored + new tokens, head_dim]`.
         """
         slot = self._slot(layer_idx, step % self.ring if self.kind == "ring" else step)
         if self.kind == "latest" and step > 1:
-            slot.fill_from(self._slot(layer_idx, step - 1), self.length)
+            shallower = self._slot(layer_idx, step - 1)
+            slot.fill_from(shallower, shallower.length if some is not None else self.length)
         self._steps_in_pass = max(self._steps_in_pass, step)
+        if some is not None:
+            return slot.update_some(key_states, value_states, self.length, some)
         return slot.update(key_states, value_states, self.length)
 
     def _slot(self, layer: int, step: int) -> CacheSlot:
@@ -186,10 +250,18 @@ class RecurrentDepthCache(Cache):
             self.layers.append(self.slots[layer, step])
         return self.slots[layer, step]
 
-    def commit(self, num_tokens: int) -> None:
-        """End a pass: its tokens now belong to the past."""
-        self.length += num_tokens
-        self.steps_run += [self._steps_in_pass] * num_tokens
+    def commit(self, hidden: torch.Tensor, steps_run: torch.Tensor | None = None) -> None:
+        """End a pass: its tokens now belong to the past.
+
+        Args:
+            hidden: `[batch, new tokens, width]`.
+            steps_run: `[batch, new tokens]`, where they differ.
+        """
+        if steps_run is None:
+            steps_run = torch.full(hidden.shape[:2], self._steps_in_pass, device=hidden.device)
+        past = [] if self.steps_run is None else [self.steps_run]
+        self.steps_run = torch.cat([*past, steps_run], dim=1)
+        self.length += hidden.shape[1]
         self._steps_in_pass = 0
 
     def extend_padding_mask(self, attention_mask: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:
@@ -229,27 +301,29 @@ class RecurrentDepthCache(Cache):
         self.length = max(self.length + tokens_to_remove, 0)
         for slot in self.slots.values():
             slot.crop_to(self.length)
-        self.steps_run = self.steps_run[: self.length]
-        if self.padding_mask is not None:
-            self.padding_mask = self.padding_mask[:, : self.length]
+        self._change_tokens(lambda tokens: tokens[:, : self.length])
 
     def reset(self) -> None:
         super().reset()
         self.slots.clear()
         self.layers.clear()
-        self.length, self.steps_run, self.padding_mask = 0, [], None
+        self.length, self.steps_run, self.padding_mask = 0, None, None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
-        if self.padding_mask is not None:
-            self.padding_mask = self.padding_mask.index_select(0, beam_idx.to(self.padding_mask.device))
+        self._change_tokens(lambda tokens: tokens.index_select(0, beam_idx.to(tokens.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        if self.padding_mask is not None:
-            self.padding_mask = self.padding_mask.repeat_interleave(repeats, dim=0)
+        self._change_tokens(lambda tokens: tokens.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
-        if self.padding_mask is not None:
-            self.padding_mask = self.padding_mask[indices]
+        self._change_tokens(lambda tokens: tokens[indices])
+
+    def _change_tokens(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Apply a change to all that is kept for each token, `[batch, length]`."""
+        for name in ("steps_run", "padding_mask"):
+            tokens = getattr(self, name)
+            if tokens is not None:
+                setattr(self, name, change(tokens))

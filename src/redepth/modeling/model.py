@@ -9,7 +9,7 @@
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,9 +22,10 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .blocks import Attention, Block, PassContext, RMSNorm, rotations
-from .cache import RecurrentDepthCache
+from .cache import RecurrentDepthCache, SomeTokens, parse_cache_rule
 from .configuration import RecurrentDepthConfig
 from .depth import sample_num_steps, split_num_steps
+from .exits import ExitPolicy, ExitTest, Measure
 from .kinds import complete_config
 from .loss import chunked_cross_entropy
 from .state import fresh_noise, position_noise
@@ -49,7 +50,8 @@ class RecurrentDepthOutput(ModelOutput):
         latent_states: s_r, `[B, T, D]`, as it enters the coda.
         hidden_states: with `output_hidden_states`, the residual stream `[B, T, D]` after the embedding, then after
             each layer of the prelude, each layer of each step of the core, and each layer of the coda.
-        stats: `num_steps`, the number of steps run.
+        stats: `num_steps`, the number of steps run; with a criterion `[B, T]`, each token's, and `core_passes`, how many
+            tokens went through the core in all.
     """
 
     loss: torch.Tensor | None = None
@@ -59,6 +61,11 @@ class RecurrentDepthOutput(ModelOutput):
     latent_states: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     stats: dict[str, Any] | None = None
+
+
+def _gather_mask(mask: torch.Tensor, some: SomeTokens) -> torch.Tensor:
+    """The queries' rows of a mask `[B or 1, 1, T, S + T]`, `[rows, 1, places, S + T]`."""
+    return some.gather(mask[:, 0])[:, None]
 
 
 class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
@@ -161,7 +168,11 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                 "model; leave it out and choose a cache_rule instead"
             )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = RecurrentDepthCache(self.config, model_kwargs.get("cache_rule"))
+            rule = model_kwargs.get("cache_rule")
+            if model_kwargs.get("criterion") is not None:
+                self._check_adaptive(None, rule, False)
+                rule = "latest"
+            model_kwargs["past_key_values"] = RecurrentDepthCache(self.config, rule)
 
     def _context(
         self,
@@ -169,8 +180,12 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         cache: RecurrentDepthCache | None,
+        whole_masks: bool = False,
     ) -> PassContext:
         """Masks, rotary angles and positions of one pass over `hidden` `[B, T, D]`.
+
+        Args:
+            whole_masks: write masks out even where all is causal, so that tokens can be gathered from them.
 
         Raises:
             ValueError: for a mask that does not cover stored and new tokens, or more tokens than the model allows.
@@ -217,6 +232,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             "past_key_values": cache,
             # Only positions that the caller gave may mark packed documents.
             "position_ids": given_positions,
+            "allow_is_causal_skip": not whole_masks,
         }
         return PassContext(
             masks={kind: MASK_MAKERS[kind](**mask_inputs) for kind in layer_types},
@@ -273,16 +289,87 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             noise = position_noise(chosen, positions, config.n_embd).expand_as(embedded)
         return (noise * (std * scale)).to(embedded.dtype)
 
-    def _leave(
+    def _loop_until_settled(
+        self,
+        embedded: torch.Tensor,
+        state: torch.Tensor,
+        context: PassContext,
+        policy: ExitPolicy,
+        num_steps: int,
+        real: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Adaptive exit: every token leaves the loop when its test says so, and costs the core nothing from then on.
+
+        An exited token's last keys and values stand in for its deeper steps (cache rule `latest`).
+
+        Args:
+            real: `[B, T]`, which tokens are not padding; padding leaves after the first step.
+
+        Returns:
+            the states `[B, T, D]`, the steps each token ran `[B, T]`, and the core's passes in tokens.
+        """
+        batch, tokens, _ = embedded.shape
+        active = torch.ones(batch, tokens, dtype=torch.bool, device=embedded.device)
+        steps_run = torch.zeros(batch, tokens, dtype=torch.long, device=embedded.device)
+        core_passes = 0
+        for step in range(1, num_steps + 1):
+            some = SomeTokens.of(active)
+            core_passes += some.positions.numel()
+            steps_run += active
+            if bool(active.all()):
+                state = self._step(embedded, state, context, step)
+            else:
+                gathered = replace(
+                    context,
+                    masks={kind: _gather_mask(mask, some) for kind, mask in context.masks.items()},
+                    rotations={
+                        kind: (some.gather(cos), some.gather(sin)) for kind, (cos, sin) in context.rotations.items()
+                    },
+                    some=some,
+                )
+                moved = self._step(some.gather(embedded), some.gather(state), gathered, step)
+                state = state.clone()
+                state[active] = moved[some.real]
+            if step == num_steps:
+                break
+            looked_at = self._logits(self._coda(state, context)[1]) if policy.test.of_logits else state
+            settled = policy.settled(looked_at[active], active.flatten().nonzero()[:, 0], step)
+            active = active.masked_scatter(active, ~settled)
+            if real is not None:
+                active = active & real
+            if not bool(active.any()):
+                break
+        return state, steps_run, core_passes
+
+    def _coda(
         self, state: torch.Tensor, context: PassContext, record: list[torch.Tensor] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The coda: s_r in; (latent states, normed output), each `[B, T, D]`, out."""
+        """s_r in; (latent states, normed output), each `[B, T, D]`, out."""
         if self.config.norm_before_coda:
             state = self.transformer["ln_f"](state)
         x = self._run(self.transformer["coda"], state, context, record=record)
-        if context.cache is not None:
-            context.cache.commit(x.shape[1])
         return state, self.transformer["ln_f"](x)
+
+    def _leave(
+        self,
+        state: torch.Tensor,
+        context: PassContext,
+        record: list[torch.Tensor] | None = None,
+        steps_run: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The coda, which ends the pass: what is cached now belongs to the past."""
+        latent_states, hidden = self._coda(state, context, record)
+        if context.cache is not None:
+            context.cache.commit(hidden, steps_run)
+        return latent_states, hidden
+
+    def _check_adaptive(self, cache: Any, rule: str | None, training: Any) -> None:
+        """Refuse what adaptive exit can't go with, before any compute."""
+        given = cache.rule if isinstance(cache, RecurrentDepthCache) else rule
+        if given is not None and parse_cache_rule(given)[0] != "latest":
+            raise ValueError(f"a criterion needs cache rule 'latest', not {given!r}; leave cache_rule out")
+        if training:
+            raise ValueError("a criterion is for inference; call model.eval() and give num_steps as one number")
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self.lm_head(hidden)
@@ -361,6 +448,9 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         input_states: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         num_steps: int | tuple[int, int] | torch.Tensor | None = None,
+        criterion: str | ExitTest | Measure | None = None,
+        exit_threshold: float | str = "auto",
+        min_steps: int = 1,
         state_seed: int | None = None,
         cache_rule: str | None = None,
         use_cache: bool | None = None,
@@ -378,6 +468,10 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             labels: `[B, T]`, shifted inside; -100 is left out of the loss.
             num_steps: an int, or a pair (steps without gradient, steps with gradient). The config's
                 `mean_recurrence` by default; in training mode the default is drawn anew at each call.
+            criterion: exit test of adaptive depth: `kl`, `entropy-diff`, `latent-diff`, `cosine`, `argmax-stability`,
+                or a callable on (new, old) states. Each token leaves when it passes, at the latest after num_steps.
+            exit_threshold: the test's, or `auto`.
+            min_steps: steps that every token runs under a criterion.
             state_seed: seed of a noise state; the config's by default. In training mode the default is fresh noise.
             cache_rule: rule of a cache made by this call; see `RecurrentDepthCache`.
             logits_to_keep: how many last tokens get logits, 0 for all, or their indices.
@@ -404,12 +498,19 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache = self.config.use_cache and not self.training
         if use_cache and self.training and self.is_gradient_checkpointing:
             raise ValueError("use_cache=True can't go with gradient checkpointing; pass use_cache=False")
+        policy = None
+        if criterion is not None:
+            policy = ExitPolicy(criterion, exit_threshold, min_steps, total_steps)
+            self._check_adaptive(
+                past_key_values, cache_rule, steps_without or (torch.is_grad_enabled() and self.training)
+            )
+            cache_rule = "latest"
         cache = past_key_values
-        if use_cache and cache is None:
+        if cache is None and (use_cache or policy is not None):
             cache = RecurrentDepthCache(self.config, cache_rule)
 
         x = self._embed(input_ids, inputs_embeds)
-        context = self._context(x, attention_mask, position_ids, cache)
+        context = self._context(x, attention_mask, position_ids, cache, whole_masks=policy is not None)
         if cache is not None:
             cache.check_steps(total_steps)
         if output_hidden_states is None:
@@ -419,10 +520,25 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         state = input_states
         if state is None:
             state = self._initial_state(embedded, context.position_ids, state_seed)
-        for step in range(1, total_steps + 1):
-            with torch.no_grad() if step <= steps_without else nullcontext():
-                state = self._step(embedded, state, context, step, record)
-        latent_states, hidden = self._leave(state, context, record)
+        stats: dict[str, Any] = {"num_steps": total_steps}
+        steps_run = None
+        if policy is not None:
+            if record is not None:
+                raise ValueError(
+                    "output_hidden_states can't go with a criterion; tokens run different numbers of layers"
+                )
+            assert cache is not None
+            mask = cache.padding_mask
+            real = mask[:, -x.shape[1] :].bool() if mask is not None else None
+            state, steps_run, core_passes = self._loop_until_settled(
+                embedded, state, context, policy, total_steps, real
+            )
+            stats = {"num_steps": steps_run, "core_passes": core_passes}
+        else:
+            for step in range(1, total_steps + 1):
+                with torch.no_grad() if step <= steps_without else nullcontext():
+                    state = self._step(embedded, state, context, step, record)
+        latent_states, hidden = self._leave(state, context, record, steps_run)
 
         logits = loss = None
         if loss_only and labels is not None:
@@ -437,12 +553,53 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             log_ppl=loss.detach() if loss is not None else None,
-            past_key_values=cache,
+            past_key_values=cache if use_cache or past_key_values is not None else None,
             latent_states=latent_states,
             hidden_states=tuple(record) if record is not None else None,
-            stats={"num_steps": total_steps},
+            stats=stats,
         )
         return output if return_dict is not False else output.to_tuple()
+
+    def generate_with_adaptive_compute(
+        self,
+        input_ids: torch.Tensor,
+        generation_config: Any = None,
+        tokenizer: Any = None,
+        streamer: Any = None,
+        continuous_compute: bool = False,
+        criterion: str | ExitTest | Measure | None = "entropy-diff",
+        exit_threshold: float | str = "auto",
+        cache_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """`generate` with a criterion, under the name and arguments of Huginn's published code.
+
+        Args:
+            cache_kwargs: `lookup_strategy`, a cache rule by its published name.
+            continuous_compute: not available; a warm start from the last token's state would change the text.
+
+        Raises:
+            ValueError: for an argument that is not supported, and as `generate`.
+        """
+        if continuous_compute:
+            raise ValueError("continuous_compute=True is not available; leave it out")
+        known = {"lookup_strategy"}
+        unknown = set(cache_kwargs or {}) - known
+        if unknown:
+            raise ValueError(f"cache_kwargs has {min(unknown)!r}, but only {', '.join(known)} is known")
+        rule = (cache_kwargs or {}).get("lookup_strategy")
+        # Without a criterion a call is a plain generate; with one, `latest` is what the published rule comes down to.
+        if criterion in (None, "none"):
+            kwargs |= {"cache_rule": rule}
+        else:
+            kwargs |= {
+                "criterion": criterion,
+                "exit_threshold": exit_threshold,
+                "cache_rule": None if rule == "full" else rule,
+            }
+        return self.generate(  # type: ignore[misc]
+            input_ids, generation_config, tokenizer=tokenizer, streamer=streamer, **kwargs
+        )
 
 
 # transformers then copies these modules into every folder it saves, so that the folder loads without redepth.

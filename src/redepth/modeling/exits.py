@@ -1,0 +1,144 @@
+"""Exit tests: whether a token's state has settled, so that it may leave the loop (Geiping et al. 2025, section 6.1).
+
+Each test compares a token after step i with the same token after step i − 1. Shapes: N tokens still in the loop, D width,
+V vocabulary.
+"""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+# (new, old) → what is held against the threshold, `[N]`; states are [N, D], logits [N, V] in fp32.
+Measure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ExitTest:
+    """A token leaves after the step at which `measure` falls below the threshold.
+
+    Attributes:
+        of_logits: whether the test looks at logits, which costs a pass through coda and head at every step, or at states.
+        threshold: the default, what `auto` means.
+        streak: how many steps in a row have to pass; where it is None, the threshold is that number.
+    """
+
+    name: str
+    of_logits: bool
+    threshold: float
+    measure: Measure
+    streak: int | None = 1
+
+
+def kl(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """KL(p_i ‖ p_{i−1}) of the next-token distributions, in nats."""
+    log_new, log_old = F.log_softmax(new, dim=-1), F.log_softmax(old, dim=-1)
+    return (log_new.exp() * (log_new - log_old)).sum(-1)
+
+
+def entropy_difference(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """|H(p_i) − H(p_{i−1})|, in nats."""
+    entropies = []
+    for logits in (new, old):
+        log_p = F.log_softmax(logits, dim=-1)
+        entropies.append(-(log_p.exp() * log_p).sum(-1))
+    return (entropies[0] - entropies[1]).abs()
+
+
+def latent_difference(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """‖s_i − s_{i−1}‖ / ‖s_i‖."""
+    return (new - old).norm(dim=-1) / new.norm(dim=-1)
+
+
+def cosine_distance(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """1 − cos(s_i, s_{i−1})."""
+    return 1 - F.cosine_similarity(new, old, dim=-1)
+
+
+def changed_argmax(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """Whether the likeliest token changed: 0 or 1."""
+    return (new.argmax(-1) != old.argmax(-1)).float()
+
+
+EXIT_TESTS = {
+    test.name: test
+    for test in (
+        ExitTest("kl", True, 5e-4, kl),
+        ExitTest("entropy-diff", True, 1e-3, entropy_difference),
+        ExitTest("latent-diff", False, 0.03, latent_difference),
+        ExitTest("cosine", False, 1e-3, cosine_distance),
+        # The threshold is the number of steps in a row without a change.
+        ExitTest("argmax-stability", True, 5, changed_argmax, streak=None),
+    )
+}
+
+
+def find_exit_test(criterion: str | ExitTest | Measure) -> ExitTest:
+    """The test of that name; a callable (new states, old states) → `[N]` becomes one with threshold 0.03.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if isinstance(criterion, ExitTest):
+        return criterion
+    if callable(criterion):
+        return ExitTest(getattr(criterion, "__name__", "callable"), False, 0.03, criterion)
+    if criterion not in EXIT_TESTS:
+        near = difflib.get_close_matches(str(criterion), EXIT_TESTS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(EXIT_TESTS)}"
+        raise ValueError(f"unknown exit criterion {criterion!r}; {hint}")
+    return EXIT_TESTS[criterion]
+
+
+class ExitPolicy:
+    """One test with its threshold, followed over the steps of one pass.
+
+    Args:
+        criterion: name of a test, a test, or a callable.
+        exit_threshold: `auto` for the test's default.
+        min_steps: steps that every token runs; a comparison needs two, so no token leaves before the second.
+        num_steps: steps after which every token leaves.
+
+    Raises:
+        ValueError: for an unknown test, a threshold ≤ 0, or min_steps outside 1 … num_steps.
+    """
+
+    def __init__(
+        self, criterion: str | ExitTest | Measure, exit_threshold: float | str, min_steps: int, num_steps: int
+    ) -> None:
+        self.test = find_exit_test(criterion)
+        threshold = self.test.threshold if exit_threshold == "auto" else exit_threshold
+        if not isinstance(threshold, (int, float)) or not threshold > 0:
+            raise ValueError(f"exit_threshold must be 'auto' or above 0, got {exit_threshold!r}")
+        if not 1 <= min_steps <= num_steps:
+            raise ValueError(f"min_steps must be between 1 and num_steps ({num_steps}), got {min_steps}")
+        self.min_steps = min_steps
+        self.streak_needed = self.test.streak if self.test.streak is not None else threshold
+        # A test whose threshold counts steps asks for a measure of zero at each of them.
+        self.threshold = threshold if self.test.streak is not None else 0.5
+        self._old: torch.Tensor | None = None
+        self._streak: torch.Tensor | None = None
+
+    def settled(self, new: torch.Tensor, tokens: torch.Tensor, step: int) -> torch.Tensor:
+        """Which tokens may leave after this step.
+
+        Args:
+            new: states `[N, D]` or logits `[N, V]` of the tokens still in the loop.
+            tokens: `[N]`, their numbers among all of the pass, for what is remembered between steps.
+            step: counted from 1.
+
+        Returns:
+            `[N]`, bool.
+        """
+        new = new.float()
+        if self._old is None or self._streak is None:
+            self._old = new
+            self._streak = torch.zeros(len(new), device=new.device)
+            return torch.zeros(len(new), dtype=torch.bool, device=new.device)
+        passed = self.test.measure(new, self._old[tokens]) < self.threshold
+        streak = torch.where(passed, self._streak[tokens] + 1, 0.0)
+        self._old[tokens] = new
+        self._streak[tokens] = streak
+        return (streak >= self.streak_needed) & (step >= self.min_steps)
