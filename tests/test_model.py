@@ -5,10 +5,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import redepth
 from redepth import RecurrentDepthCache, RecurrentDepthForCausalLM
 from redepth.modeling.depth import sample_num_steps, split_num_steps
 from redepth.modeling.state import position_noise
 from redepth.surgery.convert import plan_conversion
+from tests.test_golden import FOLDER as HUGINN
 from tests.zoo import FAMILIES, random_ids
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
@@ -17,17 +19,18 @@ NUM_STEPS = 3
 
 @pytest.fixture(scope="module")
 def models(zoo) -> dict[str, RecurrentDepthForCausalLM]:
-    """A converted model of every family; the adapter is random, so that the state is carried on."""
+    """A converted model of every family, its adapter random, so that the state is carried on; and a Huginn."""
     states = ("noise", "embed", "zeros")
-    return {
+    converted = {
         name: plan_conversion(zoo[name], "0:2", "2:4", "5:6", adapter="random", state=states[i % 3]).model()
         for i, name in enumerate(sorted(zoo))
     }
+    return converted | {"huginn": redepth.load(HUGINN)}
 
 
-@pytest.fixture
-def model(family: str, models) -> RecurrentDepthForCausalLM:
-    return models[family]
+@pytest.fixture(params=[*sorted(FAMILIES), "huginn"])
+def model(request: pytest.FixtureRequest, models) -> RecurrentDepthForCausalLM:
+    return models[request.param]
 
 
 @torch.no_grad()
@@ -85,7 +88,7 @@ def test_packed_documents_equal_solo_runs(model) -> None:
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_chunking_of_any_padded_batch(models, data: st.DataObject) -> None:
-    model = models[data.draw(st.sampled_from(sorted(FAMILIES)))]
+    model = models[data.draw(st.sampled_from(sorted(models)))]
     lengths = data.draw(st.lists(st.integers(1, 17), min_size=1, max_size=3))
     width = max(lengths)
     rows = [random_ids(1, length, seed=i) for i, length in enumerate(lengths)]
