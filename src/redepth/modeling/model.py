@@ -71,7 +71,8 @@ def _gather_mask(mask: torch.Tensor, some: SomeTokens) -> torch.Tensor:
 class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
     """A causal language model whose core is looped `num_steps` times.
 
-    `generate` is transformers' own: `num_steps`, `state_seed` and `cache_rule` pass through it to every forward call.
+    `generate` is transformers' own: `num_steps`, `criterion` and its settings, `state_seed` and `cache_rule` pass through
+    it to every forward call.
     """
 
     config_class = RecurrentDepthConfig
