@@ -155,7 +155,7 @@ def slow_decode(model, ids: torch.Tensor, depths: list[int], rule: str) -> torch
             keys, values = zip(*entries, (key, value), strict=True)
             return torch.cat(keys, dim=2), torch.cat(values, dim=2)
 
-        def commit(self, hidden, steps_run):
+        def commit(self, latent_states, steps_run):
             pass
 
     logits = []

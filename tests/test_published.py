@@ -248,8 +248,8 @@ def test_model_card_of_huginn(tmp_path: Path) -> None:
     assert adaptive.past_key_values.steps_run.max() <= 16
     plain = model.generate_with_adaptive_compute(ids, config, num_steps=8, tokenizer=tokenizer, criterion="none")
     assert torch.equal(plain.sequences, outputs.sequences)
-    with pytest.raises(ValueError, match="continuous_compute"):
-        model.generate_with_adaptive_compute(ids, config, continuous_compute=True)
+    warm = model.generate_with_adaptive_compute(ids, config, num_steps=4, tokenizer=tokenizer, continuous_compute=True)
+    assert warm.sequences.shape[1] > ids.shape[1]
     with pytest.raises(ValueError, match="'lookup'"):
         model.generate_with_adaptive_compute(ids, config, cache_kwargs={"lookup": "full"})
 

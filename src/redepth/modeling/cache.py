@@ -10,6 +10,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 # The published code names its rules by counting layer-steps of Huginn's four core layers.
 PUBLISHED_RULES = {"latest-m4": "latest"} | {f"compress-s{4 * n}": f"ring-{n}" for n in range(1, 65)}
+# What a cache keeps for each row beside its slots.
+ROW_WISE = ("steps_run", "padding_mask", "last_state")
 KNOWN_RULES = "full, latest, ring-N (such as ring-4)"
 
 
@@ -204,6 +206,8 @@ class RecurrentDepthCache(Cache):
         self.padding_mask: torch.Tensor | None = None
         # The number of steps that each stored token ran, [batch, length].
         self.steps_run: torch.Tensor | None = None
+        # s_r of each row's last token, [batch, 1, width], for a warm start; None after a crop.
+        self.last_state: torch.Tensor | None = None
         self._steps_in_pass = 0
 
     def check_steps(self, num_steps: int) -> None:
@@ -250,19 +254,33 @@ class RecurrentDepthCache(Cache):
             self.layers.append(self.slots[layer, step])
         return self.slots[layer, step]
 
-    def commit(self, hidden: torch.Tensor, steps_run: torch.Tensor | None = None) -> None:
+    def commit(self, latent_states: torch.Tensor, steps_run: torch.Tensor | None = None) -> None:
         """End a pass: its tokens now belong to the past.
 
         Args:
-            hidden: `[batch, new tokens, width]`.
+            latent_states: s_r of the new tokens, `[batch, new tokens, width]`.
             steps_run: `[batch, new tokens]`, where they differ.
         """
+        rows, tokens, _ = latent_states.shape
         if steps_run is None:
-            steps_run = torch.full(hidden.shape[:2], self._steps_in_pass, device=hidden.device)
+            steps_run = torch.full((rows, tokens), self._steps_in_pass, device=latent_states.device)
         past = [] if self.steps_run is None else [self.steps_run]
         self.steps_run = torch.cat([*past, steps_run], dim=1)
-        self.length += hidden.shape[1]
+        self._remember_last(latent_states.detach())
+        self.length += tokens
         self._steps_in_pass = 0
+
+    def _remember_last(self, latent_states: torch.Tensor) -> None:
+        if self.padding_mask is None:
+            self.last_state = latent_states[:, -1:].clone()
+            return
+        real = self.padding_mask[:, -latent_states.shape[1] :].bool()
+        order = torch.arange(1, real.shape[1] + 1, device=real.device)
+        last = (real * order).argmax(1)
+        found = latent_states[torch.arange(len(last), device=real.device), last][:, None]
+        # A row of nothing but padding keeps what it had.
+        kept = found if self.last_state is None else self.last_state
+        self.last_state = torch.where(real.any(1)[:, None, None], found, kept)
 
     def extend_padding_mask(self, attention_mask: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:
         """The mask over stored and new tokens, `[batch, stored + new]`, remembering the padding of earlier calls."""
@@ -298,32 +316,34 @@ class RecurrentDepthCache(Cache):
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+        if tokens_to_remove < 0:
+            self.last_state = None
         self.length = max(self.length + tokens_to_remove, 0)
         for slot in self.slots.values():
             slot.crop_to(self.length)
-        self._change_tokens(lambda tokens: tokens[:, : self.length])
+        self._change(("steps_run", "padding_mask"), lambda tokens: tokens[:, : self.length])
 
     def reset(self) -> None:
         super().reset()
         self.slots.clear()
         self.layers.clear()
-        self.length, self.steps_run, self.padding_mask = 0, None, None
+        self.length, self.steps_run, self.padding_mask, self.last_state = 0, None, None, None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
-        self._change_tokens(lambda tokens: tokens.index_select(0, beam_idx.to(tokens.device)))
+        self._change(ROW_WISE, lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        self._change_tokens(lambda tokens: tokens.repeat_interleave(repeats, dim=0))
+        self._change(ROW_WISE, lambda rows: rows.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
-        self._change_tokens(lambda tokens: tokens[indices])
+        self._change(ROW_WISE, lambda rows: rows[indices])
 
-    def _change_tokens(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Apply a change to all that is kept for each token, `[batch, length]`."""
-        for name in ("steps_run", "padding_mask"):
-            tokens = getattr(self, name)
-            if tokens is not None:
-                setattr(self, name, change(tokens))
+    def _change(self, names: tuple[str, ...], change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Apply a change to what is kept beside the slots, where there is any."""
+        for name in names:
+            kept = getattr(self, name)
+            if kept is not None:
+                setattr(self, name, change(kept))

@@ -361,7 +361,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         """The coda, which ends the pass: what is cached now belongs to the past."""
         latent_states, hidden = self._coda(state, context, record)
         if context.cache is not None:
-            context.cache.commit(hidden, steps_run)
+            context.cache.commit(latent_states, steps_run)
         return latent_states, hidden
 
     def _check_adaptive(self, cache: Any, rule: str | None, training: Any) -> None:
@@ -452,6 +452,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         criterion: str | ExitTest | Measure | None = None,
         exit_threshold: float | str = "auto",
         min_steps: int = 1,
+        continuous_compute: bool = False,
         state_seed: int | None = None,
         cache_rule: str | None = None,
         use_cache: bool | None = None,
@@ -473,6 +474,8 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                 or a callable on (new, old) states. Each token leaves when it passes, at the latest after num_steps.
             exit_threshold: the test's, or `auto`.
             min_steps: steps that every token runs under a criterion.
+            continuous_compute: a single new token starts from the s_r of the one before it, which the cache holds, instead
+                of the initial state (warm start, "continuous chain of thought"). Prompts start as ever.
             state_seed: seed of a noise state; the config's by default. In training mode the default is fresh noise.
             cache_rule: rule of a cache made by this call; see `RecurrentDepthCache`.
             logits_to_keep: how many last tokens get logits, 0 for all, or their indices.
@@ -510,6 +513,12 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is None and (use_cache or policy is not None):
             cache = RecurrentDepthCache(self.config, cache_rule)
 
+        if continuous_compute and cache is None:
+            raise ValueError("continuous_compute=True needs a cache to carry the state; leave use_cache on")
+        past_states = cache.last_state if isinstance(cache, RecurrentDepthCache) else None
+        if continuous_compute and past_states is None and cache is not None and cache.get_seq_length():
+            raise ValueError("continuous_compute=True can't go on from a cropped cache, whose last state is gone")
+
         x = self._embed(input_ids, inputs_embeds)
         context = self._context(x, attention_mask, position_ids, cache, whole_masks=policy is not None)
         if cache is not None:
@@ -519,7 +528,9 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         record = [x] if output_hidden_states else None
         embedded = self._run(self.transformer["prelude"], x, context, record=record)
         state = input_states
-        if state is None:
+        if state is None and continuous_compute and past_states is not None and embedded.shape[1] == 1:
+            state = past_states
+        elif state is None:
             state = self._initial_state(embedded, context.position_ids, state_seed)
         stats: dict[str, Any] = {"num_steps": total_steps}
         steps_run = None
@@ -577,13 +588,11 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             cache_kwargs: `lookup_strategy`, a cache rule by its published name.
-            continuous_compute: not available; a warm start from the last token's state would change the text.
+            continuous_compute: start each token from the state of the one before.
 
         Raises:
             ValueError: for an argument that is not supported, and as `generate`.
         """
-        if continuous_compute:
-            raise ValueError("continuous_compute=True is not available; leave it out")
         known = {"lookup_strategy"}
         unknown = set(cache_kwargs or {}) - known
         if unknown:
@@ -599,7 +608,12 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                 "cache_rule": None if rule == "full" else rule,
             }
         return self.generate(  # type: ignore[misc]
-            input_ids, generation_config, tokenizer=tokenizer, streamer=streamer, **kwargs
+            input_ids,
+            generation_config,
+            tokenizer=tokenizer,
+            streamer=streamer,
+            continuous_compute=continuous_compute,
+            **kwargs,
         )
 
 
