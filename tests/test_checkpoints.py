@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import redepth
 from redepth.errors import RedepthError
+from redepth.surgery.republish import republish
+from tests.test_golden import FOLDER as HUGINN
 from tests.zoo import FAMILIES, random_ids
 
 PLAIN = """
@@ -40,7 +42,8 @@ def converted(zoo, tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("converted")
     for name, source in zoo.items():
         redepth.convert(source, root / name, core="2:4", adapter="random", state="noise")
-    return {name: root / name for name in zoo}
+    republish(HUGINN, root / "huginn")
+    return {name: root / name for name in [*zoo, "huginn"]}
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -78,7 +81,7 @@ def test_folders_load_without_redepth(converted, tmp_path: Path) -> None:
     )
     plain = torch.load(tmp_path / "out.pt")
     ids = torch.arange(3, 20)[None]
-    assert len(folders) == len(FAMILIES)
+    assert len(folders) == len(FAMILIES) + 1
     for folder in folders.values():
         model = redepth.load(folder)
         with torch.no_grad():

@@ -1,6 +1,7 @@
 """The built-in pretrained models: real weights, real tokenizers, real text."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +37,16 @@ def test_full_cover_is_exact_and_the_model_speaks(name: str, tmp_path: Path) -> 
     for prompt, text in zip(prompts, texts, strict=True):
         alone = model.generate(**tokenizer(prompt, return_tensors="pt"), **options)
         assert tokenizer.decode(alone[0], skip_special_tokens=True) == text
+
+
+def test_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    example = readme.partition("```python\n")[2].partition("```")[0]
+    assert "redepth.convert(" in example
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    assert names["ids"].shape[0] == 2
 
 
 def test_default_plan_starts_almost_unhurt(tmp_path: Path) -> None:

@@ -29,11 +29,6 @@ class ParameterCount:
         """2·[P + r·R + C]: the matrix products of the layers, without attention scores, embedding and head."""
         return 2.0 * (self.prelude + num_steps * self.core + self.coda)
 
-    def training_flops_per_token(self, steps_without_gradient: int, steps_with_gradient: int) -> float:
-        """6·[P + min(r, s)·R + C + max(0, r − s)·R/3] (McLeish et al. 2025), counted like the forward pass."""
-        looped = steps_with_gradient * self.core + steps_without_gradient * self.core / 3
-        return 6.0 * (self.prelude + looped + self.coda)
-
 
 def count_parameters(config: RecurrentDepthConfig) -> ParameterCount:
     """Counts from the configuration alone; no weights are made."""

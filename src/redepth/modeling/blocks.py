@@ -85,7 +85,7 @@ ROTATE: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Ten
 
 
 def eager_attention(
-    module: "Attention",
+    module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -97,16 +97,19 @@ def eager_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention written out, the only kind here that can soft-cap its scores (Gemma 2 report, section 2).
 
-    `query` is `[B, H, T, K]`, `key` and `value` `[B, G, S, K]`, the mask additive `[B, 1, T, S]`;
+    `query` is `[B, H, T, K]`, `key` and `value` `[B, G, S, K]`, the mask `[B, 1, T, S]`, bool or additive;
     returns `[B, T, H, K]` and the probabilities `[B, H, T, S]`.
     """
-    groups = module.num_key_value_groups
+    groups = query.shape[1] // key.shape[1]
     scores = query @ key.repeat_interleave(groups, dim=1).transpose(2, 3) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
         scores = scores + attention_mask
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, dropout, module.training)
     return (weights @ value.repeat_interleave(groups, dim=1)).transpose(1, 2), weights
 
 

@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
+from .blocks import eager_attention
 from .recurrent_gemma_cache import RecurrentGemmaCache, RecurrentLayer, WindowLayer, align_right, cache_signature
 from .scan import linear_scan
 
@@ -138,29 +139,6 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
-
-
-def eager_attention(
-    module: "Attention",
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: object,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out: `query` `[B, H, T, K]`, `key` and `value` `[B, G, S, K]`, `attention_mask` bool.
-
-    Returns `[B, T, H, K]` and the probabilities `[B, H, T, S]`.
-    """
-    groups = module.num_key_value_groups
-    scores = query @ key.repeat_interleave(groups, dim=1).transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, dropout, module.training)
-    return (weights @ value.repeat_interleave(groups, dim=1)).transpose(1, 2), weights
 
 
 def with_start(layer: nn.Linear, std: float) -> nn.Linear:
