@@ -1,4 +1,4 @@
-"""Offline, seeded, two threads at most; shared sources and helpers."""
+"""Offline and seeded; the tiny sources that all tests share."""
 
 import os
 
