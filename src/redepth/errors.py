@@ -3,3 +3,8 @@
 
 class RedepthError(ValueError):
     """What is wrong, with the offending name and value, and what to do, in one line."""
+
+
+def first_line(error: BaseException) -> str:
+    """Another library's message, cut to what fits in redepth's one line."""
+    return str(error).strip().partition("\n")[0]

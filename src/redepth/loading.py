@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
-from redepth.errors import RedepthError
+from redepth.errors import RedepthError, first_line
 from redepth.modeling import RecurrentDepthConfig, RecurrentDepthForCausalLM, RecurrentGemmaForCausalLM
 from redepth.modeling.kinds import Kind, complete_config
 
@@ -15,7 +15,18 @@ MODEL_CLASSES: dict[str, Any] = {
     "huginn_raven": RecurrentDepthForCausalLM,
     "recurrent_gemma": RecurrentGemmaForCausalLM,
 }
-DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The dtype of that name.
+
+    Raises:
+        RedepthError: for a name that is not in `DTYPES`.
+    """
+    if name not in DTYPES:
+        raise RedepthError(f"dtype {name!r} is unknown; use {', '.join(DTYPES)}, or leave it out")
+    return DTYPES[name]
 
 
 def load(
@@ -31,15 +42,13 @@ def load(
     Raises:
         RedepthError: where there is no such checkpoint, it is of another kind, or its weights don't fit.
     """
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise RedepthError(f"dtype {dtype!r} is unknown; use {', '.join(DTYPES)}")
-        dtype = DTYPES[dtype]  # type: ignore[assignment]
+    if isinstance(dtype, str) and dtype != "auto":
+        dtype = parse_dtype(dtype)
     model_class = MODEL_CLASSES[_model_type(name, tuple(MODEL_CLASSES))]
     try:
         loaded: Any = model_class.from_pretrained(name, dtype=dtype, output_loading_info=True)
     except (OSError, SafetensorError) as error:
-        raise RedepthError(f"checkpoint {str(name)!r} can't be read, perhaps cut short: {_first_line(error)}") from None
+        raise RedepthError(f"checkpoint {str(name)!r} can't be read, perhaps cut short: {first_line(error)}") from None
     model, report = loaded
     for problem, said in (
         ("missing_keys", "lacks"),
@@ -62,7 +71,7 @@ def read_config(name: str | Path) -> tuple[RecurrentDepthConfig, Kind | None]:
         config = RecurrentDepthConfig.from_pretrained(name)
         return config, complete_config(config, name)
     except (OSError, ValueError, SafetensorError) as error:
-        raise RedepthError(f"checkpoint {str(name)!r}: {_first_line(error)}") from None
+        raise RedepthError(f"checkpoint {str(name)!r}: {first_line(error)}") from None
 
 
 def load_tokenizer(name: str | Path) -> Any:
@@ -74,7 +83,7 @@ def load_tokenizer(name: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise RedepthError(f"checkpoint {str(name)!r} has no usable tokenizer: {_first_line(error)}") from None
+        raise RedepthError(f"checkpoint {str(name)!r} has no usable tokenizer: {first_line(error)}") from None
 
 
 def _model_type(name: str | Path, known: tuple[str, ...]) -> str:
@@ -87,14 +96,10 @@ def _model_type(name: str | Path, known: tuple[str, ...]) -> str:
     try:
         values, _ = RecurrentDepthConfig.get_config_dict(folder if folder.exists() else text)
     except (OSError, ValueError) as error:
-        raise RedepthError(f"checkpoint {text!r} has no readable configuration: {_first_line(error)}") from None
+        raise RedepthError(f"checkpoint {text!r} has no readable configuration: {first_line(error)}") from None
     model_type = values.get("model_type")
     if model_type not in known:
         raise RedepthError(
             f"{text!r} is a {model_type!r} checkpoint, not a recurrent one; convert it with redepth convert first"
         )
     return model_type
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -1,4 +1,4 @@
-"""The command line: one file a command; what is heavy is imported inside the command."""
+"""The command line: one file a command; what `import redepth` does not load is imported inside the command."""
 
 import os
 import sys

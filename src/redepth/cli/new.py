@@ -31,20 +31,18 @@ def command(
     hush_libraries()
     from redepth.analysis.cost import count_parameters
     from redepth.errors import RedepthError
-    from redepth.loading import load_tokenizer
+    from redepth.loading import load_tokenizer, parse_dtype
     from redepth.presets import preset_config
-    from redepth.surgery.convert import DTYPES
     from redepth.surgery.create import create
 
     if out is None and not dry_run:
         raise RedepthError("OUT is missing; name the folder to write, or add --dry-run to count parameters alone")
-    if dtype not in DTYPES:
-        raise RedepthError(f"--dtype {dtype!r} is unknown; use {', '.join(DTYPES)}")
+    wanted = parse_dtype(dtype)
     words = load_tokenizer(tokenizer) if tokenizer is not None else None
     config = preset_config(preset, vocab_size=len(words) if words is not None else None)
     count = count_parameters(config)
     if out is not None and not dry_run:
-        create(config, out, words, DTYPES[dtype], seed, overwrite)
+        create(config, out, words, wanted, seed, overwrite)
     if as_json:
         print_json({"preset": preset, "parameters": count.by_part()})
     elif not quiet:

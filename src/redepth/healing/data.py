@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset, load_dataset
 
-from redepth.errors import RedepthError
+from redepth.errors import RedepthError, first_line
 from redepth.text import python_docs
 
 PYTHON_DOCS = "python-docs"
@@ -41,9 +41,8 @@ def open_text(spec: str, column: str = "text") -> IterableDataset:
         try:
             stream = load_dataset(spec, split="train", streaming=True)
         except Exception as error:  # datasets raises its own and the hub's kinds alike
-            first_line = str(error).partition("\n")[0]
             raise RedepthError(
-                f"data {spec!r} is no local file and could not be loaded by datasets: {first_line}"
+                f"data {spec!r} is no local file and could not be loaded by datasets: {first_line(error)}"
             ) from None
     columns = stream.column_names or list(next(iter(stream), {}))
     if column not in columns:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from redepth.errors import RedepthError
+from redepth.errors import RedepthError, first_line
 
 
 class HealRecipe(BaseModel):
@@ -73,7 +73,7 @@ def read_heal_recipe(file: str | Path | None = None, **changes: Any) -> HealReci
         except FileNotFoundError:
             raise RedepthError(f"recipe {where} does not exist; see recipes/ for examples") from None
         except yaml.YAMLError as error:
-            raise RedepthError(f"recipe {where} is not valid YAML: {str(error).partition(chr(10))[0]}") from None
+            raise RedepthError(f"recipe {where} is not valid YAML: {first_line(error)}") from None
         if not isinstance(content, dict) or not isinstance(content.get("heal"), dict):
             raise RedepthError(f"recipe {where} has no section 'heal'; put the healing settings under it")
         values = content["heal"]

@@ -502,8 +502,14 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache = self.config.use_cache and not self.training
         if use_cache and self.training and self.is_gradient_checkpointing:
             raise ValueError("use_cache=True can't go with gradient checkpointing; pass use_cache=False")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         policy = None
         if criterion is not None:
+            if output_hidden_states:
+                raise ValueError(
+                    "output_hidden_states can't go with a criterion; tokens run different numbers of layers"
+                )
             policy = ExitPolicy(criterion, exit_threshold, min_steps, total_steps)
             self._check_adaptive(
                 past_key_values, cache_rule, steps_without or (torch.is_grad_enabled() and self.training)
@@ -523,8 +529,6 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         context = self._context(x, attention_mask, position_ids, cache, whole_masks=policy is not None)
         if cache is not None:
             cache.check_steps(total_steps)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
         record = [x] if output_hidden_states else None
         embedded = self._run(self.transformer["prelude"], x, context, record=record)
         state = input_states
@@ -535,10 +539,6 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         stats: dict[str, Any] = {"num_steps": total_steps}
         steps_run = None
         if policy is not None:
-            if record is not None:
-                raise ValueError(
-                    "output_hidden_states can't go with a criterion; tokens run different numbers of layers"
-                )
             assert cache is not None
             mask = cache.padding_mask
             real = mask[:, -x.shape[1] :].bool() if mask is not None else None

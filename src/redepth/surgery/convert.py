@@ -13,6 +13,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from redepth.analysis.cost import ParameterCount, count_parameters
 from redepth.errors import RedepthError
+from redepth.loading import parse_dtype
 from redepth.modeling import RecurrentDepthConfig, RecurrentDepthForCausalLM
 
 from .card import write_card
@@ -34,7 +35,6 @@ from .weights import (
 DEFAULT_ADAPTER = "blend:0.25"
 DEFAULT_STATE = "embed"
 DEFAULT_SHARD_SIZE = "1GB"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 STATES = ("embed", "noise", "zeros")
 
@@ -147,14 +147,8 @@ class Conversion:
     def _check(self) -> None:
         names = self.source.tensor_names()
         head, embedding = self.family.outer[HEAD], self.family.outer[EMBEDDING]
-        if (
-            self.config.tie_embeddings
-            and head in names
-            and not torch.equal(self.source.read(head), self.source.read(embedding))
-        ):
-            raise RedepthError(
-                f"source {self.source.name!r} has a head {head!r} that differs from its embedding; leave --tie out"
-            )
+        if self.config.tie_embeddings and head in names:
+            self.source.check_tied(head, embedding)
         check_names(self.family, self.plan, self.table, [*names, head])
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -315,8 +309,7 @@ def plan_conversion(
     parse_adapter(adapter)
     if state not in STATES:
         raise RedepthError(f"--state {state!r} is unknown; use {', '.join(STATES)}")
-    if dtype is not None and dtype not in DTYPES:
-        raise RedepthError(f"--dtype {dtype!r} is unknown; use {', '.join(DTYPES)}")
+    wanted = parse_dtype(dtype) if dtype is not None else None
     changes: dict[str, Any] = {"initial_state_mode": state}
     if tie is not None:
         changes["tie_embeddings"] = tie
@@ -327,7 +320,7 @@ def plan_conversion(
         plan=plan,
         config=config,
         adapter=adapter,
-        dtype=DTYPES[dtype] if dtype is not None else source.dtype,
+        dtype=wanted if wanted is not None else source.dtype,
         seed=seed,
         table=weight_table(family, plan, config),
     )

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import torch
 
-from redepth.errors import RedepthError
-from redepth.loading import read_config
+from redepth.loading import parse_dtype, read_config
 
-from .convert import DEFAULT_SHARD_SIZE, DTYPES, save_definition, write_shards
+from .convert import DEFAULT_SHARD_SIZE, save_definition, write_shards
 from .folder import HEALING_FILE, RECIPE_FILE, VERIFICATION_FILE, whole_folder
 from .sources import Source, open_source
 from .weights import EMBEDDING, HEAD
@@ -46,16 +45,13 @@ def republish(
     """
     if not isinstance(source, Source):
         source = open_source(source)
-    if dtype is not None and dtype not in DTYPES:
-        raise RedepthError(f"--dtype {dtype!r} is unknown; use {', '.join(DTYPES)}")
     config, _ = read_config(source.folder)
-    wanted = DTYPES[dtype] if dtype is not None else source.dtype
+    wanted = parse_dtype(dtype) if dtype is not None else source.dtype
     names = [name for name in source.tensor_names() if name != ROPE_TABLE]
     if tie is not None:
         config.tie_embeddings = tie
     if config.tie_embeddings and HEAD in names:
-        if not torch.equal(source.read(HEAD), source.read(EMBEDDING)):
-            raise RedepthError(f"{source.name!r} has a head {HEAD!r} that differs from its embedding; leave --tie out")
+        source.check_tied(HEAD, EMBEDDING)
         names.remove(HEAD)
     elif not config.tie_embeddings and HEAD not in names:
         names.append(HEAD)

@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
-from redepth.errors import RedepthError
+from redepth.errors import RedepthError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class Source(ABC):
         try:
             return AutoConfig.from_pretrained(self.folder, **self._load_kwargs)
         except (OSError, ValueError, KeyError) as error:
-            raise RedepthError(f"source {self.name!r}: can't read its configuration: {_first_line(error)}") from None
+            raise RedepthError(f"source {self.name!r}: can't read its configuration: {first_line(error)}") from None
 
     @property
     @abstractmethod
@@ -100,6 +100,17 @@ class Source(ABC):
     @abstractmethod
     def read(self, name: str) -> torch.Tensor:
         """One tensor, in the dtype it is stored in. The caller owns the only copy."""
+
+    def check_tied(self, head: str, embedding: str) -> None:
+        """Refuse to tie, and so to lose, a head of its own.
+
+        Raises:
+            RedepthError: where the two tensors differ.
+        """
+        if not torch.equal(self.read(head), self.read(embedding)):
+            raise RedepthError(
+                f"source {self.name!r} has a head {head!r} that differs from its embedding; leave --tie out"
+            )
 
     @cached_property
     def tokenizer(self) -> Any | None:
@@ -169,7 +180,7 @@ class SafetensorsSource(Source):
             try:
                 return reader.get_tensor(name).clone()
             except SafetensorError as error:
-                raise RedepthError(f"{self._files[name]}: tensor {name!r}: {_first_line(error)}") from None
+                raise RedepthError(f"{self._files[name]}: tensor {name!r}: {first_line(error)}") from None
 
 
 class GGUFSource(Source):
@@ -192,7 +203,7 @@ class GGUFSource(Source):
         try:
             return GGUFReader(self._file)
         except (ValueError, OSError, IndexError) as error:
-            raise RedepthError(f"{self._file} is not a readable GGUF file: {_first_line(error)}") from None
+            raise RedepthError(f"{self._file} is not a readable GGUF file: {first_line(error)}") from None
 
     @cached_property
     def _processor(self) -> Any:
@@ -232,12 +243,8 @@ def _open(file: Path) -> Any:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise RedepthError(
-            f"{file} is not a readable safetensors file, perhaps cut short: {_first_line(error)}"
+            f"{file} is not a readable safetensors file, perhaps cut short: {first_line(error)}"
         ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def _license_of_card(folder: Path) -> str | None:
@@ -257,7 +264,7 @@ def _open_built_in(name: str) -> Source:
         try:
             file = importlib.import_module(built_in.module).assemble()
         except ImportError as error:
-            raise RedepthError(f"built-in source {name!r}: {_first_line(error)}; run: {built_in.install}") from None
+            raise RedepthError(f"built-in source {name!r}: {first_line(error)}; run: {built_in.install}") from None
     return GGUFSource(name, file, built_in.license, built_in.base_model)
 
 
@@ -289,6 +296,6 @@ def open_source(name: str | Path) -> Source:
         known = ", ".join(BUILT_INS)
         raise RedepthError(
             f"source {text!r} is no local path, no built-in name ({known}), and could not be fetched from the hub: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from None
     return SafetensorsSource(text, Path(folder), base_model=text)
