@@ -186,7 +186,7 @@ def test_a_callable_and_the_defaults(models) -> None:
         ({"criterion": "kl", "exit_threshold": 0.0}, "above 0"),
         ({"criterion": "kl", "exit_threshold": "low"}, "'auto' or above 0"),
         ({"criterion": "kl", "min_steps": 9}, "between 1 and num_steps"),
-        ({"criterion": "kl", "cache_rule": "ring-2"}, "needs cache rule 'latest'"),
+        ({"criterion": "kl", "cache_rule": "ring-2"}, "use 'latest.ring-2'"),
         ({"criterion": "kl", "output_hidden_states": True}, "output_hidden_states"),
         ({"criterion": "kl", "num_steps": (2, 2)}, "one number"),
     ],

@@ -19,8 +19,7 @@ def cache_bytes_per_token(config: RecurrentDepthConfig, num_steps: int, rule: st
     Args:
         rule: the config's by default.
     """
-    kind, ring = parse_cache_rule(rule if rule is not None else config.cache_rule)
-    kept = min(num_steps, ring) if kind == "ring" else num_steps
+    kept = parse_cache_rule(rule if rule is not None else config.cache_rule).places(num_steps)
     layers = config.n_layers_in_prelude + kept * config.n_layers_in_recurrent_block + config.n_layers_in_coda
     assert config.num_key_value_heads is not None
     assert config.head_dim is not None

@@ -26,7 +26,8 @@ class PassContext:
     rotations: dict[str, tuple[torch.Tensor, torch.Tensor]]  # by layer type: cos and sin, [B, T, K/2] in fp32
     cache: RecurrentDepthCache | None
     position_ids: torch.Tensor  # [B, T]
-    some: SomeTokens | None = None  # the tokens still in the loop, where others have left it
+    some: SomeTokens | None = None  # the tokens of this call, where they are not all of the pass
+    steps_run: torch.Tensor | None = None  # [B, T], under a criterion: the steps that the tokens have run so far
 
 
 class RMSNorm(nn.Module):

@@ -1,5 +1,6 @@
 """Cache of a depth-recurrent model: one slot of keys and values per (layer, step), under a cache rule."""
 
+import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,26 +9,67 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-# The published code names its rules by counting layer-steps of Huginn's four core layers.
-PUBLISHED_RULES = {"latest-m4": "latest"} | {f"compress-s{4 * n}": f"ring-{n}" for n in range(1, 65)}
 # What a cache keeps for each row beside its slots.
 ROW_WISE = ("steps_run", "padding_mask", "last_state")
-KNOWN_RULES = "full, latest, ring-N (such as ring-4)"
+KNOWN_RULES = "full, latest, skip, ring-N, first-R-then-last, or latest or skip joined to one of the last two by a +"
 
 
-def parse_cache_rule(rule: str) -> tuple[str, int]:
-    """The rule's kind (`full`, `latest` or `ring`) and, for a ring, how many steps it keeps (else 0).
+@dataclass(frozen=True)
+class CacheRule:
+    """Which steps' keys and values are kept, and what an earlier token shows at a step that it never ran.
+
+    Attributes:
+        name: the rule as redepth writes it, such as `latest+ring-4`.
+        missing: `refuse` such a token, let its `latest` step stand in, or `skip` it.
+        ring: keep this many steps, step i in the place of step i − ring; 0 keeps all.
+        first: keep this many steps and, in one more place, the last one; 0 keeps all.
+    """
+
+    name: str
+    missing: str = "refuse"
+    ring: int = 0
+    first: int = 0
+
+    def place(self, step: int) -> int:
+        """Where step 1, 2, … is kept, counted from 1; step 0 stands for prelude and coda."""
+        if self.ring and step:
+            return (step - 1) % self.ring + 1
+        return min(step, self.first + 1) if self.first else step
+
+    def places(self, num_steps: int) -> int:
+        """How many places `num_steps` steps take up."""
+        return min(num_steps, self.ring or self.first + 1) if self.ring or self.first else num_steps
+
+
+def _published_name(rule: str) -> str:
+    """redepth's name for a rule of the published code, which counts layer-steps of Huginn's four core layers."""
+    if rule == "compress-anchor":
+        return "first-8-then-last"
+    name = re.sub(r"^(latest|skip)-compress-", r"\1+compress-", rule.replace("latest-m4", "latest"))
+    return re.sub(r"compress-s(\d+)$", lambda match: f"ring-{int(match[1]) / 4:g}", name)
+
+
+def parse_cache_rule(rule: str) -> CacheRule:
+    """The rule of that name, or of that published alias.
 
     Raises:
         ValueError: for a rule that redepth does not know.
     """
-    name = PUBLISHED_RULES.get(rule, rule)
-    if name in ("full", "latest"):
-        return name, 0
-    ring = re.fullmatch(r"ring-([1-9]\d*)", name)
-    if ring is None:
-        raise ValueError(f"unknown cache rule {rule!r}; use one of {KNOWN_RULES}")
-    return "ring", int(ring.group(1))
+    name = _published_name(rule)
+    parts = name.split("+")
+    if name == "full":
+        return CacheRule("full")
+    missing = parts.pop(0) if parts[0] in ("latest", "skip") else "refuse"
+    kept = re.fullmatch(r"(?:ring-(?P<ring>[1-9]\d*)|first-(?P<first>[1-9]\d*)-then-last)", "+".join(parts))
+    if kept is not None:
+        return CacheRule(name, missing, int(kept["ring"] or 0), int(kept["first"] or 0))
+    if not parts:
+        return CacheRule(name, missing)
+    near = difflib.get_close_matches(
+        rule, ("full", "latest", "skip", "ring-4", "latest+ring-4", "first-8-then-last"), 1
+    )
+    hint = f"did you mean {near[0]!r}?" if near else f"use {KNOWN_RULES}"
+    raise ValueError(f"unknown cache rule {rule!r}; {hint}")
 
 
 @dataclass
@@ -38,11 +80,14 @@ class SomeTokens:
         rows: `[rows]`, the rows of the batch that have such tokens.
         positions: `[rows, places]`, their positions in the pass; short rows are filled up with position 0.
         real: `[rows, places]`, which places are tokens and not filling.
+        batch, tokens: the size of the whole pass.
     """
 
     rows: torch.Tensor
     positions: torch.Tensor
     real: torch.Tensor
+    batch: int
+    tokens: int
 
     @classmethod
     def of(cls, active: torch.Tensor) -> "SomeTokens":
@@ -54,7 +99,7 @@ class SomeTokens:
         # Tokens first, in order; a stable sort keeps it.
         positions = chosen.logical_not().to(torch.uint8).sort(dim=1, stable=True).indices[:, :places]
         real = torch.arange(places, device=active.device) < counts[:, None]
-        return cls(rows, positions.masked_fill(~real, 0), real)
+        return cls(rows, positions.masked_fill(~real, 0), real, *active.shape)
 
     def gather(self, tokens: torch.Tensor) -> torch.Tensor:
         """`[batch or 1, tokens, …]` → `[rows, places, …]`."""
@@ -75,8 +120,11 @@ class CacheSlot(CacheLayerMixin):
         self.length = 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.keys = key_states.new_empty(*key_states.shape[:2], 0, key_states.shape[3])
-        self.values = value_states.new_empty(*value_states.shape[:2], 0, value_states.shape[3])
+        self._start_empty(len(key_states), key_states, value_states)
+
+    def _start_empty(self, batch: int, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.keys = key_states.new_empty(batch, key_states.shape[1], 0, key_states.shape[3])
+        self.values = value_states.new_empty(batch, value_states.shape[1], 0, value_states.shape[3])
         self.is_initialized = True
 
     def _reserve(self, length: int) -> None:
@@ -109,23 +157,37 @@ class CacheSlot(CacheLayerMixin):
     def update_some(
         self, key_states: torch.Tensor, value_states: torch.Tensor, start: int, some: "SomeTokens"
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the chosen tokens of a pass that begins at position `start`; the others' entries must be there.
+        """Write the chosen tokens of a pass that begins at position `start`; where nothing was written, zeros stand.
 
         Args:
             key_states, value_states: `[rows, kv_heads, places, head_dim]`.
 
         Returns:
-            the chosen rows' keys and values, `[rows, kv_heads, tokens, head_dim]`.
+            the chosen rows' keys and values up to the end of the pass, `[rows, kv_heads, tokens, head_dim]`.
         """
+        if not self.is_initialized:
+            self._start_empty(some.batch, key_states, value_states)
+        places = start + some.positions
+        end = start + some.tokens
+        self._extend(end)
         assert self.keys is not None
         assert self.values is not None
-        places = start + some.positions
         rows = some.rows[:, None].expand_as(places)[some.real]
         self.keys[rows, :, places[some.real]] = key_states.transpose(1, 2)[some.real]
         self.values[rows, :, places[some.real]] = value_states.transpose(1, 2)[some.real]
-        keys, values = self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        keys, values = self.keys[:, :, :end], self.values[:, :, :end]
         # A view where every row is there; a copy where some have left.
         return (keys, values) if len(some.rows) == len(keys) else (keys[some.rows], values[some.rows])
+
+    def _extend(self, end: int) -> None:
+        """Reach to position `end`, with zeros where nothing is written: a masked entry must still be a number."""
+        if end <= self.length:
+            return
+        self._reserve(end)
+        assert self.keys is not None and self.values is not None
+        self.keys[:, :, self.length : end] = 0
+        self.values[:, :, self.length : end] = 0
+        self.length = end
 
     def fill_from(self, shallower: "CacheSlot", end: int) -> None:
         """Let the shallower step's entries stand in for the tokens `self.length … end` that never ran this step."""
@@ -183,10 +245,13 @@ class RecurrentDepthCache(Cache):
 
     - `full`: j = i; an earlier token that ran fewer steps is an error.
     - `latest`: the largest step ≤ i that the earlier token ran.
+    - `skip`: j = i; an earlier token that ran fewer steps is not seen.
     - `ring-N`: the largest step that it ran with j ≡ i (mod N); only N steps are kept.
+    - `first-R-then-last`: j = i up to R; from there on the last step that it ran; R + 1 steps are kept.
+    - `latest+ring-N`, `skip+first-R-then-last`, …: for an earlier token that ran no such step, its last step, or nothing.
 
-    Tokens that enter in one call run side by side, so under `ring-N` they see each other's step i, not a later one.
-    Prelude and coda have one entry a layer.
+    Tokens that enter in one call run side by side, so where steps share a place they see each other's step i, not a later
+    one. Prelude and coda have one entry a layer.
 
     Args:
         config: the model's configuration.
@@ -198,8 +263,7 @@ class RecurrentDepthCache(Cache):
 
     def __init__(self, config: Any, rule: str | None = None) -> None:
         super().__init__(layers=[])
-        self.rule = rule if rule is not None else config.cache_rule
-        self.kind, self.ring = parse_cache_rule(self.rule)
+        self.rule = parse_cache_rule(rule if rule is not None else config.cache_rule)
         self.slots: dict[tuple[int, int], CacheSlot] = {}
         self.length = 0
         # Which stored tokens are padding, [batch, length]; None while none is known to be.
@@ -212,13 +276,28 @@ class RecurrentDepthCache(Cache):
 
     def check_steps(self, num_steps: int) -> None:
         """Refuse, before any compute, a depth that the stored tokens can't serve under this rule."""
-        needed = {"full": num_steps, "latest": 1, "ring": min(num_steps, self.ring)}[self.kind]
+        needed = self.rule.places(num_steps) if self.rule.missing == "refuse" else 1
         shallowest = needed if self.steps_run is None or not self.length else int(self.steps_run.min())
         if shallowest < needed:
             raise ValueError(
-                f"num_steps={num_steps} under cache rule {self.rule!r} needs earlier tokens that ran at least {needed} "
+                f"num_steps={num_steps} under cache rule {self.rule.name!r} needs earlier tokens that ran at least {needed} "
                 f"steps, but one ran {shallowest}; use cache_rule='latest' or start from an empty cache"
             )
+
+    def visible(self, step: int, steps_in_pass: torch.Tensor) -> torch.Tensor | None:
+        """Under `skip`, which tokens show themselves at a step of the core.
+
+        Args:
+            steps_in_pass: `[batch, new tokens]`, the steps that the new tokens have run, this one included.
+
+        Returns:
+            `[batch, stored + new tokens]`, bool; None where all do.
+        """
+        if self.rule.missing != "skip":
+            return None
+        past = [] if self.steps_run is None else [self.steps_run.expand(len(steps_in_pass), -1)]
+        present = torch.cat([*past, steps_in_pass], dim=1) >= self.rule.place(step)
+        return None if bool(present.all()) else present
 
     def update(
         self,
@@ -234,13 +313,15 @@ class RecurrentDepthCache(Cache):
             key_states, value_states: `[batch, kv_heads, new tokens, head_dim]`.
             layer_idx: the unique layer, counted through prelude, core and coda.
             step: the step, from 1, in the core; 0 in prelude and coda.
-            some: under `latest`, the tokens that these are, where others have left the loop; theirs stand in.
+            some: the tokens that these are, where they are not all of the pass.
 
         Returns:
             keys and values, `[batch, kv_heads, stored + new tokens, head_dim]`.
         """
-        slot = self._slot(layer_idx, step % self.ring if self.kind == "ring" else step)
-        if self.kind == "latest" and step > 1:
+        place = self.rule.place(step)
+        slot = self._slot(layer_idx, place)
+        # The first step to use a place in this pass: whoever never came so far is filled in from the step before.
+        if self.rule.missing != "refuse" and 1 < step == place:
             shallower = self._slot(layer_idx, step - 1)
             slot.fill_from(shallower, shallower.length if some is not None else self.length)
         self._steps_in_pass = max(self._steps_in_pass, step)

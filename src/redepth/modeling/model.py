@@ -63,9 +63,20 @@ class RecurrentDepthOutput(ModelOutput):
     stats: dict[str, Any] | None = None
 
 
-def _gather_mask(mask: torch.Tensor, some: SomeTokens) -> torch.Tensor:
-    """The queries' rows of a mask `[B or 1, 1, T, S + T]`, `[rows, 1, places, S + T]`."""
-    return some.gather(mask[:, 0])[:, None]
+def _gather_context(context: PassContext, some: SomeTokens) -> PassContext:
+    """The context of some tokens of a pass; masks must be written out, `[B or 1, 1, T, S + T]`."""
+    return replace(
+        context,
+        masks={kind: some.gather(mask[:, 0])[:, None] for kind, mask in context.masks.items()},
+        rotations={kind: (some.gather(cos), some.gather(sin)) for kind, (cos, sin) in context.rotations.items()},
+        some=some,
+    )
+
+
+def _hide(mask: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    """A mask `[B or 1, 1, T, S]`, bool or additive, without the keys that `visible` `[B, S]` leaves out."""
+    seen = visible[:, None, None]
+    return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
 
 
 class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
@@ -169,10 +180,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                 "model; leave it out and choose a cache_rule instead"
             )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            rule = model_kwargs.get("cache_rule")
-            if model_kwargs.get("criterion") is not None:
-                self._check_adaptive(None, rule, False)
-                rule = "latest"
+            rule = self._cache_rule(model_kwargs.get("cache_rule"), model_kwargs.get("criterion"))
             model_kwargs["past_key_values"] = RecurrentDepthCache(self.config, rule)
 
     def _context(
@@ -271,8 +279,23 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         step: int,
         record: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
+        if context.cache is not None and context.cache.rule.missing == "skip":
+            context = self._without_skipped(context, step, state)
         injected = self.transformer["adapter"](torch.cat([state, embedded], dim=-1))
         return self._run(self.transformer["core_block"], injected, context, step, record)
+
+    def _without_skipped(self, context: PassContext, step: int, state: torch.Tensor) -> PassContext:
+        """Under cache rule `skip`, hide the tokens that never came to this step."""
+        assert context.cache is not None
+        steps_run = context.steps_run
+        if steps_run is None:
+            steps_run = torch.full(state.shape[:2], step, device=state.device)
+        visible = context.cache.visible(step, steps_run)
+        if visible is None:
+            return context
+        if context.some is not None:
+            visible = visible[context.some.rows]
+        return replace(context, masks={kind: _hide(mask, visible) for kind, mask in context.masks.items()})
 
     def _initial_state(self, embedded: torch.Tensor, positions: torch.Tensor, seed: int | None) -> torch.Tensor:
         config = self.config
@@ -301,7 +324,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Adaptive exit: every token leaves the loop when its test says so, and costs the core nothing from then on.
 
-        An exited token's last keys and values stand in for its deeper steps (cache rule `latest`).
+        What an exited token shows at its deeper steps is the cache rule's to say.
 
         Args:
             real: `[B, T]`, which tokens are not padding; padding leaves after the first step.
@@ -309,32 +332,25 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         Returns:
             the states `[B, T, D]`, the steps each token ran `[B, T]`, and the core's passes in tokens.
         """
-        batch, tokens, _ = embedded.shape
-        active = torch.ones(batch, tokens, dtype=torch.bool, device=embedded.device)
-        steps_run = torch.zeros(batch, tokens, dtype=torch.long, device=embedded.device)
+        active = torch.ones(embedded.shape[:2], dtype=torch.bool, device=embedded.device)
+        steps_run = torch.zeros_like(active, dtype=torch.long)
         core_passes = 0
         for step in range(1, num_steps + 1):
             some = SomeTokens.of(active)
             core_passes += some.positions.numel()
-            steps_run += active
-            if bool(active.all()):
-                state = self._step(embedded, state, context, step)
+            steps_run = steps_run + active
+            whole = bool(active.all())
+            running = replace(context if whole else _gather_context(context, some), steps_run=steps_run)
+            if whole:
+                moved = state = self._step(embedded, state, running, step)
             else:
-                gathered = replace(
-                    context,
-                    masks={kind: _gather_mask(mask, some) for kind, mask in context.masks.items()},
-                    rotations={
-                        kind: (some.gather(cos), some.gather(sin)) for kind, (cos, sin) in context.rotations.items()
-                    },
-                    some=some,
-                )
-                moved = self._step(some.gather(embedded), some.gather(state), gathered, step)
+                moved = self._step(some.gather(embedded), some.gather(state), running, step)
                 state = state.clone()
                 state[active] = moved[some.real]
             if step == num_steps:
                 break
-            looked_at = self._logits(self._coda(state, context)[1]) if policy.test.of_logits else state
-            settled = policy.settled(looked_at[active], active.flatten().nonzero()[:, 0], step)
+            looked_at = self._logits(self._coda(moved, running)[1]) if policy.test.of_logits else moved
+            settled = policy.settled(looked_at[some.real], active.flatten().nonzero()[:, 0], step)
             active = active.masked_scatter(active, ~settled)
             if real is not None:
                 active = active & real
@@ -364,13 +380,20 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             context.cache.commit(latent_states, steps_run)
         return latent_states, hidden
 
-    def _check_adaptive(self, cache: Any, rule: str | None, training: Any) -> None:
-        """Refuse what adaptive exit can't go with, before any compute."""
-        given = cache.rule if isinstance(cache, RecurrentDepthCache) else rule
-        if given is not None and parse_cache_rule(given)[0] != "latest":
-            raise ValueError(f"a criterion needs cache rule 'latest', not {given!r}; leave cache_rule out")
-        if training:
-            raise ValueError("a criterion is for inference; call model.eval() and give num_steps as one number")
+    def _cache_rule(self, rule: str | None, criterion: Any) -> str:
+        """The rule of a new cache; a criterion needs one that says what an exited token shows at its deeper steps.
+
+        Raises:
+            ValueError: for an unknown rule, and for one that can't go with a criterion.
+        """
+        if criterion is None:
+            return rule if rule is not None else self.config.cache_rule
+        if rule is None:
+            return self.config.cache_rule if parse_cache_rule(self.config.cache_rule).missing != "refuse" else "latest"
+        if parse_cache_rule(rule).missing == "refuse":
+            joined = "latest" if rule == "full" else f"latest+{parse_cache_rule(rule).name}"
+            raise ValueError(f"a criterion can't go with cache rule {rule!r}, which needs every step; use {joined!r}")
+        return rule
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self.lm_head(hidden)
@@ -511,13 +534,13 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                     "output_hidden_states can't go with a criterion; tokens run different numbers of layers"
                 )
             policy = ExitPolicy(criterion, exit_threshold, min_steps, total_steps)
-            self._check_adaptive(
-                past_key_values, cache_rule, steps_without or (torch.is_grad_enabled() and self.training)
-            )
-            cache_rule = "latest"
+            if steps_without or (torch.is_grad_enabled() and self.training):
+                raise ValueError("a criterion is for inference; call model.eval() and give num_steps as one number")
+        given_rule = past_key_values.rule.name if isinstance(past_key_values, RecurrentDepthCache) else cache_rule
+        rule = self._cache_rule(given_rule, criterion)
         cache = past_key_values
         if cache is None and (use_cache or policy is not None):
-            cache = RecurrentDepthCache(self.config, cache_rule)
+            cache = RecurrentDepthCache(self.config, rule)
 
         if continuous_compute and cache is None:
             raise ValueError("continuous_compute=True needs a cache to carry the state; leave use_cache on")
@@ -526,7 +549,8 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("continuous_compute=True can't go on from a cropped cache, whose last state is gone")
 
         x = self._embed(input_ids, inputs_embeds)
-        context = self._context(x, attention_mask, position_ids, cache, whole_masks=policy is not None)
+        whole_masks = policy is not None or parse_cache_rule(rule).missing == "skip"
+        context = self._context(x, attention_mask, position_ids, cache, whole_masks)
         if cache is not None:
             cache.check_steps(total_steps)
         record = [x] if output_hidden_states else None
