@@ -351,6 +351,26 @@ class RecurrentDepthCache(Cache):
         self.length += tokens
         self._steps_in_pass = 0
 
+    def settle(self, lengths: torch.Tensor, steps_run: torch.Tensor) -> None:
+        """End a decoding in which the rows got differently far.
+
+        Args:
+            lengths: `[batch]`, the tokens of each row that are stored and right; beyond them it is padding.
+            steps_run: `[batch, max(lengths) - stored tokens]`, of the tokens since the last commit.
+        """
+        past, end = self.length, int(lengths.max())
+        real = torch.arange(end, device=lengths.device) < lengths[:, None]
+        if self.padding_mask is not None:
+            known = self.padding_mask[:, :past]
+            self.padding_mask = torch.cat([known, real[:, past:].to(known.dtype)], dim=1)
+        elif not bool(real.all()):
+            self.padding_mask = real.long()
+        assert self.steps_run is not None
+        self.steps_run = torch.cat([self.steps_run, steps_run], dim=1)
+        self.length, self.last_state, self._steps_in_pass = end, None, 0
+        for slot in self.slots.values():
+            slot.crop_to(end)
+
     def _remember_last(self, latent_states: torch.Tensor) -> None:
         if self.padding_mask is None:
             self.last_state = latent_states[:, -1:].clone()

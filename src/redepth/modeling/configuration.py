@@ -19,7 +19,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
         n_embd (`int`): width of the residual stream.
         n_layers_in_prelude, n_layers_in_recurrent_block, n_layers_in_coda (`int`):
             layers in each of the three groups; the recurrent block is the core.
-        mean_recurrence (`int`): the depth the model was trained for, and the `num_steps` used when none is given.
+        mean_recurrence (`int`): the depth the model was trained for.
         mean_backprop_depth (`int`): how many of the last steps carry a gradient when training draws the depth.
         norm_placement (`str`): where a block normalises: `pre` x + f(n(x)); `post` x + n(f(x));
             `sandwich` x + n(f(n(x))); `huginn` n(x + f(n(x))).
@@ -37,6 +37,9 @@ class RecurrentDepthConfig(PreTrainedConfig):
             `init_values["std"]` and `init_values["embed_scale"]` by default.
         state_seed (`int`): seed of the noise outside training; position t's noise depends on (seed, t) alone.
         cache_rule (`str`): default rule of the cache, see `cache.RecurrentDepthCache`.
+        depth_profile (`dict`, *optional*): what calibration measured: `num_steps`, the depth to use when none is given;
+            `valid_range`, the least and the most steps that are sound; `thresholds` of the exit tests by wanted agreement;
+            and by number of steps, from 1, `loss`, `kl_to_deepest`, `agreement` and `exit_rates`.
     """
 
     model_type = "huginn_raven"
@@ -92,6 +95,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
     state_scale: float | None = None
     state_seed: int = 0
     cache_rule: str = "full"
+    depth_profile: dict[str, Any] | None = None
     init_values: dict[str, float] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -131,6 +135,11 @@ class RecurrentDepthConfig(PreTrainedConfig):
         """Factor on the token embedding."""
         assert self.init_values is not None
         return self.init_values["embed_scale"]
+
+    @property
+    def default_num_steps(self) -> int:
+        """The depth to run when none is given: the calibrated one, or the one the model was trained for."""
+        return self.depth_profile["num_steps"] if self.depth_profile is not None else self.mean_recurrence
 
     def layer_type(self, layer: int) -> str:
         """Attention type of unique layer `layer`, counted through prelude, core and coda."""

@@ -10,6 +10,7 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,16 +20,19 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .blocks import Attention, Block, PassContext, RMSNorm, rotations
 from .cache import RecurrentDepthCache, SomeTokens, parse_cache_rule
 from .configuration import RecurrentDepthConfig
+from .decoding import cache_rule_for, choose_decoding, exit_policy
 from .depth import sample_num_steps, split_num_steps
 from .exits import ExitPolicy, ExitTest, Measure
 from .kinds import complete_config
 from .loss import chunked_cross_entropy
 from .state import fresh_noise, position_noise
+
+logger = logging.get_logger(__name__)
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # What the Trainer and generate() pass along besides the named arguments.
@@ -180,7 +184,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                 "model; leave it out and choose a cache_rule instead"
             )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            rule = self._cache_rule(model_kwargs.get("cache_rule"), model_kwargs.get("criterion"))
+            rule = cache_rule_for(self.config, model_kwargs.get("cache_rule"), model_kwargs.get("criterion"))
             model_kwargs["past_key_values"] = RecurrentDepthCache(self.config, rule)
 
     def _context(
@@ -208,11 +212,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         batch, tokens, _ = hidden.shape
         past = cache.get_seq_length() if cache is not None else 0
         total = past + tokens
-        if total > self.config.block_size:
-            raise ValueError(
-                f"{total} tokens are more than the {self.config.block_size} this model allows; shorten the prompt or "
-                "generate fewer tokens"
-            )
+        self.check_length(total)
         if attention_mask is not None and attention_mask.ndim == 2:
             if attention_mask.shape != (batch, total):
                 raise ValueError(
@@ -249,6 +249,14 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             cache=cache,
             position_ids=position_ids,
         )
+
+    def check_length(self, tokens: int) -> None:
+        """Raises ValueError where a row has more tokens than the model allows."""
+        if tokens > self.config.block_size:
+            raise ValueError(
+                f"{tokens} tokens are more than the {self.config.block_size} this model allows; shorten the prompt or "
+                "generate fewer tokens"
+            )
 
     def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Token embeddings times `embed_scale`, `[B, T, D]`; `inputs_embeds` are taken before the scale."""
@@ -380,21 +388,6 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             context.cache.commit(latent_states, steps_run)
         return latent_states, hidden
 
-    def _cache_rule(self, rule: str | None, criterion: Any) -> str:
-        """The rule of a new cache; a criterion needs one that says what an exited token shows at its deeper steps.
-
-        Raises:
-            ValueError: for an unknown rule, and for one that can't go with a criterion.
-        """
-        if criterion is None:
-            return rule if rule is not None else self.config.cache_rule
-        if rule is None:
-            return self.config.cache_rule if parse_cache_rule(self.config.cache_rule).missing != "refuse" else "latest"
-        if parse_cache_rule(rule).missing == "refuse":
-            joined = "latest" if rule == "full" else f"latest+{parse_cache_rule(rule).name}"
-            raise ValueError(f"a criterion can't go with cache rule {rule!r}, which needs every step; use {joined!r}")
-        return rule
-
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self.lm_head(hidden)
         cap = self.config.final_logit_softcapping
@@ -492,10 +485,10 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             input_states: s_0 `[B, T, D]`, in place of the config's initial state.
             labels: `[B, T]`, shifted inside; -100 is left out of the loss.
             num_steps: an int, or a pair (steps without gradient, steps with gradient). The config's
-                `mean_recurrence` by default; in training mode the default is drawn anew at each call.
+                `default_num_steps` by default; in training mode the default is drawn anew at each call.
             criterion: exit test of adaptive depth: `kl`, `entropy-diff`, `latent-diff`, `cosine`, `argmax-stability`,
                 or a callable on (new, old) states. Each token leaves when it passes, at the latest after num_steps.
-            exit_threshold: the test's, or `auto`.
+            exit_threshold: the test's, `auto` for its default, or a calibrated agreement such as `99%`.
             min_steps: steps that every token runs under a criterion.
             continuous_compute: a single new token starts from the s_r of the one before it, which the cache holds, instead
                 of the initial state (warm start, "continuous chain of thought"). Prompts start as ever.
@@ -514,11 +507,12 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         if kwargs.get("output_attentions"):
             raise ValueError("output_attentions is not supported; a core layer has one attention map for each step")
 
-        if num_steps is None:
-            mean, depth = self.config.mean_recurrence, self.config.mean_backprop_depth
-            steps_without, steps_with = sample_num_steps(mean, depth) if self.training else (0, mean)
+        if num_steps is None and self.training:
+            steps_without, steps_with = sample_num_steps(self.config.mean_recurrence, self.config.mean_backprop_depth)
         else:
-            steps_without, steps_with = split_num_steps(num_steps)
+            steps_without, steps_with = split_num_steps(
+                num_steps if num_steps is not None else self.config.default_num_steps
+            )
         total_steps = steps_without + steps_with
 
         if use_cache is None:
@@ -533,11 +527,11 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError(
                     "output_hidden_states can't go with a criterion; tokens run different numbers of layers"
                 )
-            policy = ExitPolicy(criterion, exit_threshold, min_steps, total_steps)
+            policy = exit_policy(self.config, criterion, exit_threshold, min_steps, total_steps)
             if steps_without or (torch.is_grad_enabled() and self.training):
                 raise ValueError("a criterion is for inference; call model.eval() and give num_steps as one number")
         given_rule = past_key_values.rule.name if isinstance(past_key_values, RecurrentDepthCache) else cache_rule
-        rule = self._cache_rule(given_rule, criterion)
+        rule = cache_rule_for(self.config, given_rule, criterion)
         cache = past_key_values
         if cache is None and (use_cache or policy is not None):
             cache = RecurrentDepthCache(self.config, rule)
@@ -596,6 +590,55 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         )
         return output if return_dict is not False else output.to_tuple()
 
+    def generate(  # type: ignore[override]
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: Any = None,
+        *,
+        streamer: Any = None,
+        assistant_model: Any = None,
+        custom_generate: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' `generate`; what `forward` takes passes through it, and there are two more ways of decoding.
+
+        Args:
+            num_steps: the default is the calibrated depth, or the one the model was trained for.
+            draft_steps: draft tokens with so few steps and verify them with `num_steps` in one pass (self-speculative
+                decoding): the same output, or the same distribution, sooner; see `speculation.speculative_decoding`.
+            draft_tokens: how many are drafted at a time; adapted to what is accepted by default.
+            sampler: `wavefront`: all unsettled tokens advance together, a few steps each; not lossless. Its settings are
+                those of `wavefront.check_wavefront`.
+
+        Returns:
+            as `generate`; with `return_dict_in_generate=True` the output has `stats`, of which `num_steps` `[B, tokens]` is
+            the steps of each token in the cache.
+
+        Raises:
+            ValueError: for policies that exclude each other, before any compute, and as `forward`.
+        """
+        arguments = kwargs | {"custom_generate": custom_generate, "assistant_model": assistant_model}
+        decode = choose_decoding(self.config, arguments)
+        self._warn_outside_calibration(arguments.get("num_steps"))
+        if decode is not None:
+            # transformers hands no streamer to a decoding method of one's own.
+            arguments["custom_generate"] = partial(decode, streamer=streamer)
+        transformers_generate: Any = super().generate  # type: ignore[misc]
+        output = transformers_generate(inputs, generation_config, streamer=streamer, **arguments)
+        if decode is None and isinstance(output, ModelOutput) and output.get("past_key_values") is not None:
+            output["stats"] = {"num_steps": output["past_key_values"].steps_run}
+        return output
+
+    def _warn_outside_calibration(self, num_steps: Any) -> None:
+        if num_steps is None or self.config.depth_profile is None:
+            return
+        steps, (least, most) = sum(split_num_steps(num_steps)), self.config.depth_profile["valid_range"]
+        if not least <= steps <= most:
+            logger.warning_once(
+                f"num_steps={steps} is outside {least} to {most}, where calibration found this checkpoint sound; expect worse "
+                "text, or calibrate deeper"
+            )
+
     def generate_with_adaptive_compute(
         self,
         input_ids: torch.Tensor,
@@ -631,7 +674,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                 "exit_threshold": exit_threshold,
                 "cache_rule": None if rule == "full" else rule,
             }
-        return self.generate(  # type: ignore[misc]
+        return self.generate(
             input_ids,
             generation_config,
             tokenizer=tokenizer,

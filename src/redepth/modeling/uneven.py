@@ -1,0 +1,149 @@
+"""Decoding in which the rows of a batch get on at their own pace: what speculation and the wavefront share.
+
+Shapes: B rows, T tokens of a row in this pass, V vocabulary. A *place* is a token's index in its row, padding included.
+"""
+
+from typing import Any
+
+import torch
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from .blocks import PassContext, rotations
+from .cache import RecurrentDepthCache, SomeTokens
+
+
+class UnevenRows:
+    """The sequences of one generate call, the cache they share, and how far each row has got.
+
+    Args:
+        model: the recurrent model.
+        input_ids: prompts `[B, tokens]`, padded on the left.
+        prepared: what `generate` hands to a decoding method besides.
+
+    Raises:
+        ValueError: for settings of `generate` that this kind of decoding can't serve.
+    """
+
+    def __init__(self, model: Any, input_ids: torch.Tensor, prepared: dict[str, Any]) -> None:
+        self.model = model
+        self.settings = prepared["generation_config"]
+        for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+            if self.settings.return_dict_in_generate and getattr(self.settings, name):
+                raise ValueError(f"{name}=True is not supported with draft_steps or a sampler; leave it out")
+        if self.settings.num_beams > 1:
+            raise ValueError(f"num_beams={self.settings.num_beams} is not supported with draft_steps or a sampler")
+        if input_ids.shape[1] == 0 or prepared.get("inputs_embeds") is not None:
+            raise ValueError("draft_steps and samplers need a prompt of input_ids with at least one token")
+        self.processors = prepared["logits_processor"]
+        self.stopping = prepared["stopping_criteria"]
+        self.streamer = prepared["streamer"]
+        self.cache: RecurrentDepthCache = prepared["past_key_values"]
+        self.state_seed: int | None = prepared.get("state_seed")
+        self.start = input_ids.shape[1]
+        rows, pad = len(input_ids), self.settings._pad_token_tensor
+        self.ids = input_ids.new_full((rows, self.settings.max_length), int(pad) if pad is not None else 0)
+        self.ids[:, : self.start] = input_ids
+        self.lengths = torch.full((rows,), self.start, device=input_ids.device)
+        self.running = torch.ones(rows, dtype=torch.bool, device=input_ids.device)
+        self._prompt = {name: prepared.get(name) for name in ("attention_mask", "position_ids")}
+
+    def prefill(self, num_steps: int) -> torch.Tensor:
+        """Run what the cache does not hold of the prompts, and give the logits after their last tokens, `[B, V]`."""
+        past, mask, positions = (
+            self.cache.get_seq_length(),
+            self._prompt["attention_mask"],
+            self._prompt["position_ids"],
+        )
+        size = self.settings.prefill_chunk_size or self.start
+        # generate() gives the positions of all tokens, or of those that the cache does not hold.
+        shift = positions.shape[1] - self.start if positions is not None else 0
+        for begin in range(past, self.start, size):
+            end = min(begin + size, self.start)
+            output = self.model(
+                self.ids[:, begin:end],
+                attention_mask=mask[:, :end] if mask is not None else None,
+                position_ids=positions[:, begin + shift : end + shift] if positions is not None else None,
+                past_key_values=self.cache,
+                num_steps=num_steps,
+                state_seed=self.state_seed,
+                logits_to_keep=1,
+            )
+        known = self.cache.padding_mask
+        self.seen = known.bool() if known is not None else torch.ones_like(self.ids[:, : self.start], dtype=torch.bool)
+        self.first_position = positions[:, -1] + 1 if positions is not None else self.seen.sum(1)
+        return output.logits[:, -1]
+
+    def context(self, places: torch.Tensor, real: torch.Tensor) -> PassContext:
+        """Masks, angles and positions of tokens at `places` `[B, T]`, which read every earlier place of their row.
+
+        Args:
+            real: `[B, T]`, which of them are tokens; the others' keys and values are not stored.
+
+        Raises:
+            ValueError: for more tokens than the model allows.
+        """
+        config, end = self.model.config, int(places.max()) + 1
+        self.model.check_length(end)
+        positions = self.first_position[:, None] + places - self.start
+        everywhere = torch.arange(end, device=places.device)
+        seen = torch.nn.functional.pad(self.seen, (0, end - self.start), value=True)
+        causal = (everywhere <= places[..., None]) & seen[:, None]
+        masks = {"full_attention": causal[:, None]}
+        if config.sliding_window:
+            masks["sliding_attention"] = masks["full_attention"] & (
+                everywhere > places[..., None] - config.sliding_window
+            ).unsqueeze(1)
+        kinds = set(config.layer_types or ["full_attention"])
+        rows = torch.arange(len(places), device=places.device)
+        return PassContext(
+            masks={kind: masks[kind] for kind in kinds},
+            rotations={kind: rotations(config, positions, kind) for kind in kinds},
+            cache=self.cache,
+            position_ids=positions,
+            some=SomeTokens(rows, places - self.start, real, len(places), end - self.start),
+        )
+
+    def processed(self, logits: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Logits `[B, V]` as `generate`'s processors leave them for rows of these lengths, in fp32."""
+        logits = logits.float()
+        if not len(self.processors):
+            return logits
+        result = torch.empty_like(logits)
+        # Some processors keep a record of each row, so that every call needs the whole batch.
+        for length in lengths.unique().tolist():
+            these = lengths == length
+            result[these] = self.processors(self.ids[:, :length], logits.clone())[these]
+        return result
+
+    def append(self, row: int, tokens: list[int]) -> int:
+        """Add tokens to a row until one ends it, and say how many were added."""
+        begin = int(self.lengths[row])
+        for end, token in enumerate(tokens, begin + 1):
+            self.ids[row, end - 1] = token
+            self.lengths[row] = end
+            if bool(self.stopping(self.ids[row : row + 1, :end], None)[0]):
+                self.running[row] = False
+                break
+        added = int(self.lengths[row]) - begin
+        if self.streamer is not None and added:
+            self.streamer.put(self.ids[row, begin : begin + added].cpu())
+        return added
+
+    def finish(self, steps_run: torch.Tensor, stats: dict[str, Any]) -> GenerateDecoderOnlyOutput | torch.Tensor:
+        """End the call: the cache holds all but each row's last token, shorter rows end in padding.
+
+        Args:
+            steps_run: `[B, tokens]`, of the tokens after the prompts.
+        """
+        if self.streamer is not None:
+            self.streamer.end()
+        width = int(self.lengths.max())
+        pad = self.settings._pad_token_tensor
+        beyond = torch.arange(self.ids.shape[1], device=self.ids.device) >= self.lengths[:, None]
+        ids = self.ids.masked_fill(beyond, int(pad) if pad is not None else 0)[:, :width]
+        self.cache.settle(self.lengths - 1, steps_run)
+        if not self.settings.return_dict_in_generate:
+            return ids
+        output = GenerateDecoderOnlyOutput(sequences=ids, past_key_values=self.cache)  # type: ignore[arg-type]
+        output["stats"] = stats | {"num_steps": self.cache.steps_run}
+        return output

@@ -1,0 +1,199 @@
+"""Wavefront sampling: all tokens that have not settled advance together, a few steps of the core each.
+
+After Geiping et al. 2025, "Efficient parallel samplers for recurrent-depth models and their connection to diffusion
+language models": a token's place is opened before the token before it is certain, and what it holds is refined as its
+neighbours are. Not lossless: tokens read what their neighbours hold at the moment, not the neighbours' step i.
+"""
+
+from typing import Any
+
+import torch
+
+from .depth import split_num_steps
+from .uneven import UnevenRows
+
+CACHE_RULE = "ring-1"  # every token shows what it holds now
+
+
+def check_wavefront(
+    headway: Any = 1,
+    inner_steps: Any = 4,
+    exit_threshold: Any = "auto",
+    noise_mix: Any = 0.0,
+    max_wavefront: Any = 64,
+    report_agreement: Any = False,
+) -> dict[str, Any]:
+    """The sampler's settings, checked; this signature holds their defaults.
+
+    Args:
+        headway: how many places are opened at each pass.
+        inner_steps: steps of the core between two looks at the tokens.
+        exit_threshold: a place settles when ‖s − s_old‖ / ‖s‖ over one pass is below it; 0.03 where it is `auto`.
+        noise_mix: share of a fresh initial state mixed into every unsettled state before each pass.
+        max_wavefront: most places open at once.
+        report_agreement: measure in `stats["agreement"]` which share of the tokens plain decoding would have chosen.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+    threshold = 0.03 if exit_threshold == "auto" else exit_threshold
+    for name, count in (("headway", headway), ("inner_steps", inner_steps), ("max_wavefront", max_wavefront)):
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
+    if not isinstance(threshold, (int, float)) or not threshold > 0:
+        raise ValueError(f"exit_threshold must be 'auto' or above 0, got {exit_threshold!r}")
+    if not isinstance(noise_mix, (int, float)) or not 0 <= noise_mix < 1:
+        raise ValueError(f"noise_mix must be at least 0 and below 1, got {noise_mix!r}")
+    return {
+        "headway": headway,
+        "inner_steps": inner_steps,
+        "threshold": threshold,
+        "noise_mix": noise_mix,
+        "max_wavefront": max_wavefront,
+        "report_agreement": bool(report_agreement),
+    }
+
+
+class Chooser:
+    """Picks the token after each place; its sampling noise is the place's own, so that a pick changes only if the logits do
+    (the Gumbel-max trick)."""
+
+    def __init__(self, rows: UnevenRows) -> None:
+        self.rows = rows
+        self.seed = int(torch.randint(2**31, ())) if rows.settings.do_sample else None
+
+    def pick(self, logits: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """From logits `[B, T, V]` after `places` `[B, T]`, tokens `[B, T]`."""
+        return torch.stack([self._pick_one(logits[:, i], places[:, i]) for i in range(logits.shape[1])], dim=1)
+
+    def _pick_one(self, logits: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        scores = self.rows.processed(logits, places + 1)
+        if self.seed is not None:
+            for row, place in enumerate(places.tolist()):
+                own = torch.Generator().manual_seed((self.seed + place) * len(places) + row)
+                uniform = torch.rand(scores.shape[1], generator=own).to(scores.device)
+                scores[row] = scores[row] - torch.log(-torch.log(uniform))
+        return scores.argmax(-1)
+
+
+@torch.no_grad()
+def wavefront_decoding(
+    model: Any,
+    input_ids: torch.Tensor,
+    num_steps: Any,
+    settings: dict[str, Any],
+    streamer: Any = None,
+    tokenizer: Any = None,
+    **prepared: Any,
+) -> Any:
+    """A decoding method for transformers' `generate(custom_generate=…)`.
+
+    At every pass each row's open places run the prelude on their token so far, `inner_steps` steps and the coda, whose
+    picks become the tokens of the places after them. The leading places whose state has settled, or that ran `num_steps`
+    since their token last changed, are closed for good.
+
+    Args:
+        input_ids: `[B, tokens]`.
+        settings: as `check_wavefront` gives them.
+
+    Returns:
+        token ids `[B, tokens]`, or an output whose `stats` has `passes` (through the core's open places in parallel),
+        `core_passes` in tokens, and `agreement` where asked for.
+    """
+    most = sum(split_num_steps(num_steps))
+    rows = UnevenRows(model, input_ids, prepared | {"streamer": streamer})
+    if rows.cache.rule.name != CACHE_RULE:
+        raise ValueError(f"the wavefront sampler reads by cache rule {CACHE_RULE!r}, not {rows.cache.rule.name!r}")
+    parts, device, batch = model.transformer, rows.ids.device, len(input_ids)
+    chooser = Chooser(rows)
+    first = chooser.pick(rows.prefill(most)[:, None], (rows.lengths - 1)[:, None])
+    for row, token in enumerate(first[:, 0].tolist()):
+        rows.append(row, [token])
+
+    places_in_all = max(rows.ids.shape[1] - 1 - rows.start, 1)
+    states = torch.zeros(batch, places_in_all, model.config.n_embd, dtype=model.dtype, device=device)
+    # Steps since the token of a place last changed, and in all.
+    steady, steps = (torch.zeros(batch, places_in_all, dtype=torch.long, device=device) for _ in range(2))
+    guesses = torch.full((batch, places_in_all + 1), -1, device=device)
+    guesses[:, 0] = first[:, 0]
+    opened = torch.ones(batch, dtype=torch.long, device=device)
+    every_row = torch.arange(batch, device=device)[:, None]
+    passes = core_passes = 0
+    while bool(rows.running.any()):
+        closed = rows.lengths - 1 - rows.start
+        width = int((opened - closed)[rows.running].max())
+        index = closed[:, None] + torch.arange(width, device=device)
+        real = (index < opened[:, None]) & rows.running[:, None]
+        index = index.clamp(max=places_in_all - 1)
+        context = rows.context(index + rows.start, real)
+        embedded = model._run(parts["prelude"], model._embed(guesses[every_row, index].clamp(min=0), None), context)
+        begun = model._initial_state(embedded, context.position_ids, rows.state_seed)
+        old = torch.where((steps[every_row, index] == 0)[..., None], begun, states[every_row, index])
+        state = (1 - settings["noise_mix"]) * old + settings["noise_mix"] * begun if settings["noise_mix"] else old
+        for _ in range(settings["inner_steps"]):
+            state = model._step(embedded, state, context, 1)
+        picked = chooser.pick(model._logits(model._coda(state, context)[1]), index + rows.start)
+        moved = (state - old).float().norm(dim=-1) / state.float().norm(dim=-1)
+        passes, core_passes = passes + 1, core_passes + int(real.sum()) * settings["inner_steps"]
+
+        where = (every_row.expand_as(index)[real], index[real])
+        states[where] = state[real]
+        steps[where] += settings["inner_steps"]
+        steady[where] += settings["inner_steps"]
+        settled = real & ((moved < settings["threshold"]) | (steady[every_row, index] >= most))
+        unchanged = guesses[every_row, index + 1] == picked
+        # A place closes with all before it, if the token it has just run on is the one that they lead to.
+        settled[:, 1:] &= unchanged[:, :-1]
+        closing = settled.long().cumprod(1).sum(1)
+        changed = real & ~unchanged
+        guesses[every_row.expand_as(index)[changed], index[changed] + 1] = picked[changed]
+        after = changed & (index + 1 < places_in_all)
+        steady[every_row.expand_as(index)[after], index[after] + 1] = 0
+
+        for row in rows.running.nonzero()[:, 0].tolist():
+            begin = int(closed[row])
+            # A closed place makes the token after it final.
+            rows.append(row, guesses[row, begin + 1 : begin + 1 + int(closing[row])].tolist())
+        opened = torch.minimum(opened + settings["headway"], closed + closing + settings["max_wavefront"])
+        opened = opened.clamp(max=places_in_all)
+        _guess_onwards(guesses, opened)
+        # Processors read the open places' tokens where a row's own come to an end.
+        _show_guesses(rows, guesses)
+    closed = rows.lengths - 1 - rows.start
+    stats: dict[str, Any] = {"passes": passes, "core_passes": core_passes}
+    if settings["report_agreement"]:
+        stats["agreement"] = agreement_with_plain(rows, chooser, most)
+    return rows.finish(steps[:, : int(closed.max())], stats)
+
+
+def _guess_onwards(guesses: torch.Tensor, opened: torch.Tensor) -> None:
+    """Give places opened beyond the last guess the same token as the place before them."""
+    for row, end in enumerate(opened.tolist()):
+        known = int((guesses[row] >= 0).sum())
+        if known < end:
+            guesses[row, known:end] = guesses[row, known - 1]
+
+
+def _show_guesses(rows: UnevenRows, guesses: torch.Tensor) -> None:
+    ahead = torch.arange(rows.ids.shape[1], device=rows.ids.device) >= rows.lengths[:, None]
+    shown = torch.cat([rows.ids[:, : rows.start], guesses.clamp(min=0)], dim=1)[:, : rows.ids.shape[1]]
+    rows.ids[:] = torch.where(ahead & rows.running[:, None], shown, rows.ids)
+
+
+def agreement_with_plain(rows: UnevenRows, chooser: Chooser, num_steps: int) -> float:
+    """Which share of the new tokens plain decoding at `num_steps` would have chosen after the same tokens before them."""
+    end = int(rows.lengths.max())
+    mask = torch.nn.functional.pad(rows.seen.long(), (0, end - 1 - rows.start), value=1)
+    model, kept = rows.model, end - rows.start
+    output = model(
+        rows.ids[:, : end - 1],
+        attention_mask=mask,
+        num_steps=num_steps,
+        state_seed=rows.state_seed,
+        cache_rule="full",
+        use_cache=False,
+        logits_to_keep=kept,
+    )
+    places = torch.arange(rows.start - 1, end - 1, device=rows.ids.device).expand(len(rows.ids), -1)
+    same = chooser.pick(output.logits, places) == rows.ids[:, rows.start : end]
+    return float(same[places + 1 < rows.lengths[:, None]].float().mean())
