@@ -118,11 +118,8 @@ def training_and_held_out(
 ) -> tuple[PackedText, torch.Tensor]:
     """Training rows without end, and held-out rows `[rows, length]` from documents that training never sees."""
     training = open_text(data, column)
-    if validation is not None:
-        held_out, _ = held_out_rows(open_text(validation, column), tokenizer, length, rows)
-    elif data == PYTHON_DOCS:
-        documents = Dataset.from_dict({"text": python_docs(held_out=True)}).to_iterable_dataset()
-        held_out, _ = held_out_rows(documents, tokenizer, length, rows)
+    if validation is not None or data == PYTHON_DOCS:
+        held_out = held_out_text(tokenizer, validation or data, column, length, rows)
     else:
         held_out, used = held_out_rows(training, tokenizer, length, rows)
         training = training.skip(used)
@@ -131,3 +128,11 @@ def training_and_held_out(
                 f"data {data!r} has no documents left for training; name held-out text with --validation"
             )
     return PackedText(training, tokenizer, length, seed), held_out
+
+
+def held_out_text(tokenizer: Any, data: str, column: str, length: int, rows: int) -> torch.Tensor:
+    """Rows `[rows, length]` of text to measure on: `data`'s first documents, or python-docs' held-out ones."""
+    if data == PYTHON_DOCS:
+        documents = Dataset.from_dict({"text": python_docs(held_out=True)}).to_iterable_dataset()
+        return held_out_rows(documents, tokenizer, length, rows)[0]
+    return held_out_rows(open_text(data, column), tokenizer, length, rows)[0]

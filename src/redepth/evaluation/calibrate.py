@@ -1,0 +1,221 @@
+"""Choosing r: what each step of depth buys, measured once and kept in the checkpoint."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from redepth.errors import RedepthError
+from redepth.loading import load
+from redepth.modeling import RecurrentDepthForCausalLM
+from redepth.modeling.exits import EXIT_TESTS, ExitTest
+from redepth.surgery.card import write_card
+from redepth.surgery.folder import write_json
+
+WANTED_AGREEMENTS = {"99%": 0.99, "95%": 0.95}
+ENOUGH = 0.005  # nats: the default depth is the shallowest whose loss is this close to the lowest
+SOUND = 0.1  # nats: depths whose loss is this close to the lowest are in the valid range
+CANDIDATES = 400  # thresholds tried for each test
+
+
+@dataclass
+class Measurement:
+    """What one pass over the text gives: sums over tokens by step, and each token's course. R steps, N tokens.
+
+    Attributes:
+        losses, divergences: `[R]`, summed over tokens, in nats; divergences are KL(p_R ‖ p_i).
+        picks: for each row of text `[R, tokens]`, the likeliest token after each step.
+        courses: by test, for each row of text `[R − 1, tokens]`, its measure at steps 2 … R.
+    """
+
+    losses: torch.Tensor
+    divergences: torch.Tensor
+    predicted: int = 0
+    picks: list[torch.Tensor] = field(default_factory=list)
+    courses: dict[str, list[torch.Tensor]] = field(default_factory=lambda: {name: [] for name in EXIT_TESTS})
+
+
+@torch.no_grad()
+def measure_depths(
+    model: RecurrentDepthForCausalLM,
+    tokens: torch.Tensor,
+    most_steps: int,
+    on_row: Callable[[int, int], None] | None = None,
+) -> Measurement:
+    """Iterate the core to `most_steps` once, leaving through coda and head after every step.
+
+    Args:
+        tokens: `[rows, tokens]`, without padding.
+        on_row: called with (rows done, rows in all).
+    """
+    found = Measurement(*torch.zeros(2, most_steps, dtype=torch.float64))
+    for row, ids in enumerate(tokens.to(model.device).split(1), 1):
+        embedded, _ = model.embed_inputs(ids)
+        states = [model.initialize_state(embedded)]
+        for _ in range(most_steps):
+            states.append(model.iterate_one_step(embedded, states[-1])[0])
+
+        def logits_after(step: int) -> torch.Tensor:
+            logits = model.predict_from_latents(states[step]).logits  # noqa: B023
+            assert logits is not None
+            return logits[0].float()
+
+        deepest = F.log_softmax(logits_after(most_steps), dim=-1)
+        picks, courses = [], {name: [] for name in EXIT_TESTS}  # type: ignore[var-annotated]
+        old = None
+        for step in range(1, most_steps + 1):
+            logits = logits_after(step)
+            log_p = F.log_softmax(logits, dim=-1)
+            found.losses[step - 1] += F.nll_loss(log_p[:-1], ids[0, 1:], reduction="sum").double().cpu()
+            found.divergences[step - 1] += F.kl_div(log_p, deepest, reduction="sum", log_target=True).double().cpu()
+            picks.append(logits.argmax(-1).cpu())
+            if old is not None:
+                for name, test in EXIT_TESTS.items():
+                    pair = (logits, old) if test.of_logits else (states[step][0].float(), states[step - 1][0].float())
+                    courses[name].append(test.measure(*pair).cpu())
+            old = logits
+        found.picks.append(torch.stack(picks))
+        for name, course in courses.items():
+            found.courses[name].append(torch.stack(course) if course else torch.zeros(0, ids.shape[1]))
+        found.predicted += ids.shape[1] - 1
+        if on_row is not None:
+            on_row(row, len(tokens))
+    return found
+
+
+def exit_steps(test: ExitTest, course: torch.Tensor, threshold: float) -> torch.Tensor:
+    """The step after which each token leaves, as `ExitPolicy` decides it.
+
+    Args:
+        course: `[R − 1, tokens]`, the test's measure at steps 2 … R.
+
+    Returns:
+        `[tokens]`, from 2 to R (1 where there is no second step).
+    """
+    streak_needed = test.streak if test.streak is not None else threshold
+    passed = course < (threshold if test.streak is not None else 0.5)
+    streak = torch.zeros(course.shape[1])
+    left = torch.full((course.shape[1],), len(course) + 1)
+    for step, ok in enumerate(passed, 2):
+        streak = torch.where(ok, streak + 1, 0.0)
+        left = torch.where((left == len(course) + 1) & (streak >= streak_needed), step, left)
+    return left
+
+
+def _candidates(test: ExitTest, course: torch.Tensor) -> list[float]:
+    """Thresholds from the strictest to the loosest."""
+    if test.streak is None:
+        return [float(count) for count in range(len(course), 0, -1)]
+    values = course[course > 0]
+    if not len(values):
+        return []
+    low, high = float(values.min().log10()), float(values.max().log10())
+    return torch.logspace(low - 0.01, high + 0.01, CANDIDATES, dtype=torch.float64).tolist()
+
+
+def loosest_threshold(
+    test: ExitTest, course: torch.Tensor, picks: torch.Tensor, wanted: float
+) -> tuple[float | None, float | None]:
+    """The loosest threshold at which, and at every stricter one, tokens leave with the deepest step's pick often enough.
+
+    Args:
+        course, picks: `[R − 1, tokens]` and `[R, tokens]`.
+        wanted: share of tokens.
+
+    Returns:
+        the threshold and the mean steps there; None and None where no threshold does.
+    """
+    best: tuple[float | None, float | None] = (None, None)
+    for threshold in _candidates(test, course):
+        left = exit_steps(test, course, threshold)
+        agreement = (picks.gather(0, (left - 1)[None])[0] == picks[-1]).double().mean()
+        if agreement < wanted:
+            break
+        best = (float(f"{threshold:.3g}"), float(left.double().mean()))
+    return best
+
+
+def depth_profile(found: Measurement, data: str) -> dict[str, Any]:
+    """What is stored in the checkpoint; lists are by number of steps, from 1.
+
+    Threshold figures are from whole rows run to the deepest step: that an exited token's keys and values stand in for its
+    deeper ones is not in them.
+    """
+    picks = torch.cat(found.picks, dim=1)
+    loss = (found.losses / found.predicted).tolist()
+    lowest = min(loss)
+    default = next(step for step, value in enumerate(loss, 1) if value <= lowest + ENOUGH)
+    least = most = default
+    while least > 1 and loss[least - 2] <= lowest + SOUND:
+        least -= 1
+    while most < len(loss) and loss[most] <= lowest + SOUND:
+        most += 1
+    thresholds: dict[str, dict[str, float | None]] = {}
+    mean_steps: dict[str, dict[str, float | None]] = {}
+    rates = {}
+    for name, test in EXIT_TESTS.items():
+        course = torch.cat(found.courses[name], dim=1)
+        chosen = {label: loosest_threshold(test, course, picks, wanted) for label, wanted in WANTED_AGREEMENTS.items()}
+        thresholds[name] = {label: threshold for label, (threshold, _) in chosen.items()}
+        mean_steps[name] = {label: steps and round(steps, 2) for label, (_, steps) in chosen.items()}
+        left = exit_steps(test, course, test.threshold)
+        rates[name] = [round(float((left <= step).double().mean()), 4) for step in range(1, len(loss) + 1)]
+    return {
+        "num_steps": default,
+        "valid_range": [least, most],
+        "loss": [round(value, 5) for value in loss],
+        "kl_to_deepest": [
+            float(f"{value:.4g}") for value in (found.divergences / picks.shape[1]).clamp(min=0).tolist()
+        ],
+        "agreement": [round(float((row == picks[-1]).double().mean()), 4) for row in picks],
+        "thresholds": thresholds,
+        "mean_steps": mean_steps,
+        "exit_rates": rates,
+        "tokens": picks.shape[1],
+        "data": data,
+    }
+
+
+def calibrate(
+    checkpoint: str | Path,
+    tokens: torch.Tensor,
+    data: str,
+    most_steps: int | None = None,
+    dtype: str = "auto",
+    device: str = "cpu",
+    on_row: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Measure a checkpoint at every depth and store the result in its config, as `depth_profile`.
+
+    Args:
+        checkpoint: local folder.
+        tokens: held-out text, `[rows, tokens]`.
+        data: what the text is, for the record.
+        most_steps: the deepest r; twice the trained depth by default, and 16 at the least.
+
+    Returns:
+        the profile: `num_steps`, the default from now on; `valid_range`; `thresholds` and the `mean_steps` they take, by
+        exit test and wanted agreement with the deepest step; and by number of steps `loss`, `kl_to_deepest`,
+        `agreement` and `exit_rates` at the tests' default thresholds.
+
+    Raises:
+        RedepthError: for a checkpoint that is not a local folder, or most_steps below 2.
+    """
+    folder = Path(checkpoint)
+    if not (folder / "config.json").is_file():
+        raise RedepthError(f"checkpoint {str(checkpoint)!r} is not a local folder; calibration writes into it")
+    model: Any = load(checkpoint, dtype, device)
+    if not isinstance(model, RecurrentDepthForCausalLM):
+        raise RedepthError(f"checkpoint {str(checkpoint)!r} has no depth to calibrate; convert it first")
+    steps = most_steps if most_steps is not None else max(2 * model.config.mean_recurrence, 16)
+    if steps < 2:
+        raise RedepthError(f"most_steps must be at least 2, got {steps}; there is nothing to compare")
+    profile = depth_profile(measure_depths(model, tokens, steps, on_row), data)
+    file = folder / "config.json"
+    write_json(file, json.loads(file.read_text(encoding="utf-8")) | {"depth_profile": profile})
+    write_card(folder)
+    return profile
