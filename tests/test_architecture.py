@@ -15,6 +15,8 @@ MODELING_MAY_IMPORT = {
     "collections",
     "contextlib",
     "dataclasses",
+    "functools",
+    "inspect",
     "math",
     "re",
     "typing",

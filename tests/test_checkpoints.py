@@ -15,6 +15,7 @@ from redepth.surgery.republish import republish
 from tests.test_golden import FOLDER as HUGINN
 from tests.zoo import FAMILIES, random_ids
 
+POLICIES: list[dict] = [{}, {"criterion": "kl"}, {"draft_steps": 1}, {"sampler": "wavefront"}]
 PLAIN = """
 import sys
 class Block:
@@ -31,10 +32,12 @@ for folder in sys.argv[2:]:
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
         out[folder] = model(ids, num_steps=3).logits
-    out[folder + "/generate"] = model.generate(ids, num_steps=2, max_new_tokens=5, do_sample=False)
+    options = {"num_steps": 3, "max_new_tokens": 5, "do_sample": False}
+    for policy in POLICIES:
+        out[folder + "/" + "".join(policy)] = model.generate(ids, **options, **policy)
 assert "redepth" not in sys.modules
 torch.save(out, sys.argv[1])
-"""
+""".replace("POLICIES", repr(POLICIES))
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +89,9 @@ def test_folders_load_without_redepth(converted, tmp_path: Path) -> None:
         model = redepth.load(folder)
         with torch.no_grad():
             assert torch.equal(model(ids, num_steps=3).logits, plain[folder])
-        assert torch.equal(
-            model.generate(ids, num_steps=2, max_new_tokens=5, do_sample=False), plain[folder + "/generate"]
-        )
+        for policy in POLICIES:
+            got = model.generate(ids, num_steps=3, max_new_tokens=5, do_sample=False, **policy)
+            assert torch.equal(got, plain[folder + "/" + "".join(policy)])
 
 
 def test_load_in_other_dtypes(converted) -> None:

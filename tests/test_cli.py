@@ -105,6 +105,17 @@ def test_heal_and_generate(redepth_command, source: Path, tmp_path: Path) -> Non
     assert code == 0
     assert "steps a token on average" in err
     assert 2 <= json.loads(redepth_command(*words, "--json")[1])["mean_steps"]["8"] <= 8
+    code, out, err = redepth_command(*words, "--show-steps")
+    assert code == 0
+    assert "steps:" in err
+    words = words[:-2]
+    code, out, err = redepth_command(*words, "--draft-steps", 2)
+    assert "drafted tokens kept" in err
+    code, out, err = redepth_command(*words, "--sampler", "wavefront", "--headway", 2, "--json")
+    assert 0 <= json.loads(out)["stats"]["8"]["agreement"] <= 1
+    assert code == 0
+    plain, warm = (redepth_command(*words, *more, "--json") for more in ((), ("--continuous-compute",)))
+    assert plain[0] == warm[0] == 0
     code, out, _ = redepth_command(
         "generate", out_folder, "a depth", "--num-steps", 1, "--num-steps", 4, "--max-new-tokens", 4, "--json"
     )
@@ -113,6 +124,18 @@ def test_heal_and_generate(redepth_command, source: Path, tmp_path: Path) -> Non
         "generate", out_folder, "a depth", "--num-steps", 1, "--num-steps", 4, "--temperature", 1
     )
     assert "r = 4" in out
+
+
+def test_calibrate(redepth_command, source: Path, tmp_path: Path) -> None:
+    out_folder = tmp_path / "out"
+    redepth_command("convert", source, out_folder, "--core", "2:4", "--no-verify", "-q")
+    small = ("--rows", 2, "--sequence-length", 32, "--most-steps", 5)
+    code, out, _ = redepth_command("calibrate", out_folder, *small)
+    assert code == 0
+    assert "default from now on" in out
+    assert len(json.loads(redepth_command("calibrate", out_folder, *small, "--json")[1])["loss"]) == 5
+    assert "calibrated on 64 tokens" in redepth_command("inspect", out_folder)[1]
+    assert "Measured on 64 tokens" in (out_folder / "README.md").read_text()
 
 
 def test_chat(redepth_command, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,6 +184,19 @@ def test_inspect_new_and_republish(redepth_command, checkpoint: Path, tmp_path: 
         (["generate", "{checkpoint}", "hi", "--temperature", "-1"], "--temperature"),
         (["generate", "{checkpoint}", "hi", "--num-steps", "4", "--criterion", "kll"], "did you mean 'kl'"),
         (["generate", "{checkpoint}", "hi", "--criterion", "kl", "--exit-threshold", "-1"], "above 0"),
+        (["generate", "{checkpoint}", "hi", "--criterion", "kl", "--exit-threshold", "99%"], "run redepth calibrate"),
+        (["generate", "{checkpoint}", "hi", "--num-steps", "4", "--criterion", "kl", "--min-steps", "5"], "min_steps"),
+        (["generate", "{checkpoint}", "hi", "--min-steps", "5"], "--min-steps needs --criterion"),
+        (["generate", "{checkpoint}", "hi", "--num-steps", "4", "--draft-steps", "4"], "draft_steps must be between"),
+        (["generate", "{checkpoint}", "hi", "--headway", "2"], "--headway needs --sampler wavefront"),
+        (["generate", "{checkpoint}", "hi", "--sampler", "wave"], "unknown sampler"),
+        (["generate", "{checkpoint}", "hi", "--sampler", "wavefront", "--criterion", "kl"], "can't go with criterion"),
+        (["inspect", "{checkpoint}", "--cache-rule", "lates"], "did you mean 'latest'"),
+        (["calibrate", "{out}"], "does not exist"),
+        (["calibrate", "{source}"], "not a recurrent one"),
+        (["calibrate", "{checkpoint}"], "256 is more than the 128"),
+        (["calibrate", "{checkpoint}", "--most-steps", "1"], "at least 2"),
+        (["calibrate", "{checkpoint}", "--sequence-length", "32", "--data", "none.txt"], "'none.txt' does not exist"),
         (["generate", "{checkpoint}", "hello " * 40], "128 this model allows"),
         (["chat", "{checkpoint}", "--num-steps", "-3"], "at least 1"),
         (["inspect", "{source}"], "not a recurrent one"),

@@ -30,17 +30,21 @@ def _dtype(config: RecurrentDepthConfig) -> torch.dtype:
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
 
 
-def inspect(checkpoint: str | Path, depths: tuple[int, ...] = (1, 4, 8, 16, 32)) -> dict[str, Any]:
+def inspect(
+    checkpoint: str | Path, depths: tuple[int, ...] = (1, 4, 8, 16, 32), cache_rule: str | None = None
+) -> dict[str, Any]:
     """Kind, plan, parameters by part, memory by depth, and the depth a checkpoint was trained for.
 
     Args:
         checkpoint: folder or hub id.
         depths: numbers of steps to give the cache's bytes for.
+        cache_rule: the rule to give them under; the config's by default.
 
     Raises:
         RedepthError: where there is no such checkpoint.
     """
     config, kind = read_config(checkpoint)
+    rule = cache_rule if cache_rule is not None else config.cache_rule
     folder = Path(checkpoint)
     recipe = read_recipe(folder)
     healing = read_json(folder / HEALING_FILE) or {}
@@ -75,7 +79,9 @@ def inspect(checkpoint: str | Path, depths: tuple[int, ...] = (1, 4, 8, 16, 32))
         "mean_backprop_depth": config.mean_backprop_depth,
         "healed_tokens": healing.get("tokens"),
         "max_tokens": config.block_size,
-        "cache_rule": config.cache_rule,
+        "default_num_steps": config.default_num_steps,
+        "depth_profile": config.depth_profile,
+        "cache_rule": rule,
         "state_bytes_per_token": config.n_embd * _dtype(config).itemsize,
-        "cache_bytes_per_token": {depth: cache_bytes_per_token(config, depth) for depth in depths},
+        "cache_bytes_per_token": {depth: cache_bytes_per_token(config, depth, rule) for depth in depths},
     }

@@ -34,7 +34,7 @@ def command(
     tokenizer = load_tokenizer(checkpoint)
     if not tokenizer.chat_template:
         raise RedepthError(f"{checkpoint} has no chat template; use redepth generate")
-    depth = num_steps if num_steps is not None else model.config.mean_recurrence
+    depth = num_steps if num_steps is not None else model.config.default_num_steps
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     results.print(HELP, style="dim")

@@ -4,11 +4,15 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from .console import AsJson, Checkpoint, Device, Dtype, Quiet, hush_libraries, print_json, remarks, results
 
+# From few steps to many.
+COLOURS = ("bright_black", "blue", "cyan", "green", "yellow", "bright_red", "bold magenta")
 
-def _threshold(text: str) -> float | str:
+
+def _number_or_word(text: str) -> float | str:
     try:
         return float(text)
     except ValueError:
@@ -28,9 +32,31 @@ def command(
     criterion: Annotated[
         str | None, typer.Option(help="Adaptive exit: kl, entropy-diff, latent-diff, cosine or argmax-stability.")
     ] = None,
-    exit_threshold: Annotated[str, typer.Option(help="Of the criterion; auto is its default.")] = "auto",
-    min_steps: Annotated[int, typer.Option(help="Steps that every token runs under a criterion.")] = 1,
-    cache_rule: Annotated[str | None, typer.Option(help="full, latest or ring-N; the checkpoint's by default.")] = None,
+    exit_threshold: Annotated[
+        str,
+        typer.Option(
+            help="Of the criterion or the sampler: a number, auto for its default, or 99% or 95% as calibrated."
+        ),
+    ] = "auto",
+    min_steps: Annotated[int | None, typer.Option(help="Steps that every token runs under a criterion.")] = None,
+    show_steps: Annotated[bool, typer.Option("--show-steps", help="Colour each token by the steps it took.")] = False,
+    continuous_compute: Annotated[
+        bool, typer.Option("--continuous-compute", help="Start each token from the state of the one before.")
+    ] = False,
+    cache_rule: Annotated[
+        str | None, typer.Option(help="full, latest, skip, ring-4, latest+ring-4, …; the checkpoint's by default.")
+    ] = None,
+    draft_steps: Annotated[
+        int | None, typer.Option(help="Draft tokens at this depth and verify them at num_steps: the same text, sooner.")
+    ] = None,
+    draft_tokens: Annotated[int | None, typer.Option(help="Tokens drafted at a time; adapted by default.")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="wavefront: many tokens advance at once; not lossless, reports its agreement.")
+    ] = None,
+    headway: Annotated[int | None, typer.Option(help="Wavefront: places opened at each pass.")] = None,
+    inner_steps: Annotated[int | None, typer.Option(help="Wavefront: steps between two looks at the tokens.")] = None,
+    noise_mix: Annotated[float | None, typer.Option(help="Wavefront: share of fresh state mixed in.")] = None,
+    max_wavefront: Annotated[int | None, typer.Option(help="Wavefront: most places open at once.")] = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     as_json: AsJson = False,
@@ -39,59 +65,134 @@ def command(
     """Continue a text at one depth, streaming, or at several, side by side.
 
     Example: redepth generate ./smollm2-recurrent "The capital of France is" --num-steps 1 --num-steps 16
+
+    Example: redepth generate ./smollm2-recurrent "Depth is" --num-steps 32 --criterion kl --show-steps
     """
     hush_libraries()
     import torch
     from transformers import TextStreamer
 
     from redepth.errors import RedepthError
-    from redepth.loading import load, load_tokenizer
-    from redepth.modeling.cache import parse_cache_rule
-    from redepth.modeling.depth import split_num_steps
-    from redepth.modeling.exits import ExitPolicy
+    from redepth.loading import load, load_tokenizer, read_config
+    from redepth.modeling.decoding import choose_decoding
 
-    for steps in num_steps or []:
-        split_num_steps(steps)
-    if cache_rule is not None:
-        parse_cache_rule(cache_rule)
-    if criterion is not None:
-        for steps in num_steps or []:
-            ExitPolicy(criterion, _threshold(exit_threshold), min_steps, steps)
+    given = {
+        "criterion": criterion,
+        "exit_threshold": _number_or_word(exit_threshold) if criterion or sampler else None,
+        "min_steps": min_steps,
+        "continuous_compute": continuous_compute or None,
+        "cache_rule": cache_rule,
+        "draft_steps": draft_steps,
+        "draft_tokens": draft_tokens,
+        "sampler": sampler,
+        "headway": headway,
+        "inner_steps": inner_steps,
+        "noise_mix": noise_mix,
+        "max_wavefront": max_wavefront,
+        "report_agreement": True if sampler else None,
+    }
+    policy = {name: value for name, value in given.items() if value is not None}
+    of_the_sampler = ("headway", "inner_steps", "noise_mix", "max_wavefront")
+    for name in (*of_the_sampler, "min_steps"):
+        needed = "--sampler wavefront" if name in of_the_sampler else "--criterion"
+        if name in policy and not (sampler if name in of_the_sampler else criterion):
+            raise RedepthError(f"--{name.replace('_', '-')} needs {needed}")
     if max_new_tokens < 1:
         raise RedepthError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
     if temperature < 0 or not 0 < top_p <= 1:
         raise RedepthError(f"--temperature {temperature} and --top-p {top_p} must be ≥ 0 and in (0, 1]")
+    config, _ = read_config(checkpoint)
+    depths = num_steps or [config.default_num_steps]
+    for depth in depths:
+        choose_decoding(config, policy | {"num_steps": depth})
     model: Any = load(checkpoint, dtype, device)
     tokenizer = load_tokenizer(checkpoint)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    if inputs["input_ids"].shape[1] == 0:
+    start = inputs["input_ids"].shape[1]
+    if start == 0:
         raise RedepthError("the prompt is empty; give some text to continue")
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "cache_rule": cache_rule}
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
-        options |= {"do_sample": True, "temperature": temperature, "top_p": top_p}
-    else:
-        options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
 
-    depths = num_steps or [model.config.mean_recurrence]
-    streams = len(depths) == 1 and not as_json
-    if criterion is not None:
-        options |= {"criterion": criterion, "exit_threshold": _threshold(exit_threshold), "min_steps": min_steps}
-    texts, mean_steps = {}, {}
+    streams = len(depths) == 1 and not as_json and not show_steps
+    outputs = {}
     for depth in depths:
         torch.manual_seed(seed)
-        streamer = TextStreamer(tokenizer, skip_special_tokens=True) if streams else None
-        output = model.generate(**inputs, num_steps=depth, streamer=streamer, return_dict_in_generate=True, **options)
-        texts[depth] = tokenizer.decode(output.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        mean_steps[depth] = output.past_key_values.steps_run.float().mean().item()
+        outputs[depth] = model.generate(
+            **inputs,
+            **policy,
+            **sampling,
+            num_steps=depth,
+            max_new_tokens=max_new_tokens,
+            streamer=TextStreamer(tokenizer, skip_special_tokens=True) if streams else None,
+            return_dict_in_generate=True,
+        )
+    continued = {depth: output.sequences[0, start:] for depth, output in outputs.items()}
+    texts = {depth: tokenizer.decode(ids, skip_special_tokens=True) for depth, ids in continued.items()}
+    # A token is what the pass over the place before it came to.
+    steps = {depth: output.stats["num_steps"][0, start - 1 :].tolist() for depth, output in outputs.items()}
     if as_json:
-        print_json({"prompt": prompt, "continuations": texts, "mean_steps": mean_steps})
-    elif streams and criterion is not None and not quiet:
-        remarks.print(f"{mean_steps[depths[0]]:.1f} steps a token on average, at most {depths[0]}", style="dim")
-    elif not streams:
+        print_json(
+            {
+                "prompt": prompt,
+                "continuations": texts,
+                "mean_steps": {depth: sum(taken) / len(taken) for depth, taken in steps.items()},
+                "steps": steps,
+                "stats": {
+                    depth: {name: value for name, value in output.stats.items() if name != "num_steps"}
+                    for depth, output in outputs.items()
+                },
+            }
+        )
+        return
+    notes = {depth: _note(output.stats, steps[depth], policy) for depth, output in outputs.items()}
+    if not streams:
         heads = [f"r {'≤' if criterion else '='} {depth}" for depth in depths]
         table = Table(*heads, title=prompt if not quiet else None, title_justify="left")
-        table.add_row(*texts.values())
-        if criterion is not None:
+        shown = {depth: _coloured(tokenizer, continued[depth].tolist(), steps[depth]) for depth in depths}
+        table.add_row(*(shown[depth] if show_steps else Text(texts[depth]) for depth in depths))
+        if any(notes.values()) and not quiet:
             table.add_section()
-            table.add_row(*(f"{mean:.1f} steps on average" for mean in mean_steps.values()))
+            table.add_row(*notes.values())
         results.print(table)
+        if show_steps and not quiet:
+            remarks.print(_legend(max(max(taken) for taken in steps.values())))
+    elif notes[depths[0]] and not quiet:
+        remarks.print(notes[depths[0]], style="dim")
+
+
+def _note(stats: dict[str, Any], steps: list[int], policy: dict[str, Any]) -> str:
+    """What a policy did, in a few words."""
+    if "draft_steps" in policy:
+        return f"{stats['accepted']} of {stats['drafted']} drafted tokens kept, {stats['rounds']} deep passes"
+    if "sampler" in policy:
+        agreement = f"{stats['agreement']:.0%} of the tokens are plain decoding's own choice"
+        return f"not lossless: {agreement}; {stats['passes']} passes for {len(steps)} tokens"
+    if "criterion" in policy:
+        return f"{sum(steps) / len(steps):.1f} steps a token on average"
+    return ""
+
+
+def _colour(steps: int, most: int) -> str:
+    return COLOURS[(steps - 1) * (len(COLOURS) - 1) // max(most - 1, 1)]
+
+
+def _coloured(tokenizer: Any, ids: list[int], steps: list[int]) -> Text:
+    """The text, each token in the colour of its steps; a token that ends no character shows with the next."""
+    text, done = Text(), ""
+    for end, taken in enumerate(steps, 1):
+        whole = tokenizer.decode(ids[:end], skip_special_tokens=True)
+        if not whole.endswith("\ufffd"):
+            text.append(whole[len(done) :], style=_colour(taken, max(steps)))
+            done = whole
+    return text
+
+
+def _legend(most: int) -> Text:
+    legend, ends = Text("steps: "), {_colour(step, most): step for step in range(1, most + 1)}
+    first = 1
+    for colour, last in ends.items():
+        legend.append(f"{first}–{last} " if last > first else f"{last} ", style=colour)
+        first = last + 1
+    return legend

@@ -13,6 +13,9 @@ def command(
     num_steps: Annotated[
         list[int] | None, typer.Option(help="Depths to give the cache's bytes for; several times for several.")
     ] = None,
+    cache_rule: Annotated[
+        str | None, typer.Option(help="Rule to give them under, such as latest+ring-4; the checkpoint's by default.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what a checkpoint is: kind, plan, parameters, memory by depth, and the depth it was trained for.
@@ -21,11 +24,15 @@ def command(
     """
     hush_libraries()
     from redepth.analysis.inspect import inspect
+    from redepth.modeling.cache import parse_cache_rule
     from redepth.modeling.depth import split_num_steps
 
+    if cache_rule is not None:
+        parse_cache_rule(cache_rule)
     for steps in num_steps or []:
         split_num_steps(steps)
-    report = inspect(checkpoint, tuple(num_steps)) if num_steps else inspect(checkpoint)
+    chosen = {"depths": tuple(num_steps)} if num_steps else {}
+    report = inspect(checkpoint, cache_rule=cache_rule, **chosen)
     if as_json:
         print_json(report)
         return
@@ -40,6 +47,14 @@ def command(
     results.print(f"initial state {report['initial_state']}, {report['dtype']}, up to {report['max_tokens']:,} tokens")
     healed = f", healed on {report['healed_tokens']:,} tokens" if report["healed_tokens"] else ""
     results.print(f"trained for a mean of {report['mean_recurrence']} steps{healed}")
+    profile = report["depth_profile"]
+    if profile is None:
+        results.print(f"not calibrated; runs {report['default_num_steps']} steps where none are given")
+    else:
+        least, most = profile["valid_range"]
+        results.print(
+            f"calibrated on {profile['tokens']:,} tokens: runs {profile['num_steps']} steps, sound from {least} to {most}"
+        )
     costs = Table(
         "",
         *(f"r = {depth}" for depth in report["cache_bytes_per_token"]),

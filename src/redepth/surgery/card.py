@@ -66,6 +66,22 @@ def _healing_section(healing: dict[str, Any] | None) -> str:
     )
 
 
+def _depth_section(profile: dict[str, Any] | None) -> str:
+    if profile is None:
+        return "Not calibrated; `redepth calibrate` measures what each step buys and fills in this section."
+    depths = [depth for depth in (1, 2, 4, 8, 16, 32) if depth <= len(profile["loss"])]
+    rows = [
+        ["loss (nats per token)", *(f"{profile['loss'][depth - 1]:.3f}" for depth in depths)],
+        ["same pick as the deepest", *(f"{profile['agreement'][depth - 1]:.1%}" for depth in depths)],
+    ]
+    least, most = profile["valid_range"]
+    return (
+        f"Runs {profile['num_steps']} steps where none are given; sound from {least} to {most}. Measured on "
+        f"{profile['tokens']:,} tokens of {profile['data']}:\n\n"
+        + _table(["", *(f"r = {depth}" for depth in depths)], rows)
+    )
+
+
 def write_card(folder: Path) -> None:
     """Write README.md from the folder's config, recipe, verification and healing records.
 
@@ -89,10 +105,11 @@ def write_card(folder: Path) -> None:
     sections = [
         f"# {base_model}, depth-recurrent",
         "A language model that loops its core as often as you ask: `num_steps` is the number of passes.",
-        USAGE.format(name=folder.name.lstrip("."), num_steps=config.mean_recurrence),
+        USAGE.format(name=folder.name.lstrip("."), num_steps=config.default_num_steps),
         "## Plan\n\n" + _plan_section(recipe["convert"], base_model),
         "## Verification\n\n" + _verification_section(read_json(folder / VERIFICATION_FILE)),
         "## Healing\n\n" + _healing_section(healing),
+        "## Depth\n\n" + _depth_section(config.depth_profile),
         f"## Licence\n\nThe source's: {licence}.",
     ]
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n").save(folder / "README.md")
