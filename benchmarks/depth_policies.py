@@ -1,0 +1,192 @@
+"""Every depth policy beside fixed depth, in one run: speed, steps, agreement with the deepest, and held-out loss.
+
+    redepth calibrate OUT --most-steps 32
+    python benchmarks/depth_policies.py OUT
+    python benchmarks/depth_policies.py OUT --data heal.parquet --write docs/depth.md
+
+Greedy decoding of the same prompts under each policy, taken in turns; medians over the turns, with the spread. *Agreement* is
+the share of a policy's tokens that r = 32 would have picked after the same text. *Loss* is of held-out text fed token by
+token, so that a cache rule and an exit test act as they do in decoding; speculation's is that of the depth it verifies at. The
+*floor* is the time of the matrix products with weights alone at the fixed depths.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import track
+from torch.nn import functional as F
+
+from redepth import RecurrentDepthCache, RecurrentDepthForCausalLM, load
+from redepth.healing.data import held_out_text
+from redepth.loading import load_tokenizer
+from redepth.modeling.decoding import cache_rule_for
+from redepth.modeling.exits import EXIT_TESTS
+
+DEEPEST = 32
+BEGIN, END = "<!-- measured by benchmarks/depth_policies.py -->", "<!-- end of the measured table -->"
+
+
+def policies(config: Any) -> dict[str, dict[str, Any]]:
+    """What to measure, by label."""
+    chosen: dict[str, dict[str, Any]] = {f"r = {r}": {"num_steps": r} for r in (4, 8, 16, DEEPEST)}
+    calibrated = (config.depth_profile or {}).get("thresholds", {})
+    for name in EXIT_TESTS:
+        for threshold in ("auto", "99%"):
+            if threshold == "auto" or calibrated.get(name, {}).get(threshold) is not None:
+                chosen[f"`{name}`, {threshold}"] = {"criterion": name, "exit_threshold": threshold}
+    for rule in ("ring-1", "ring-4", "first-4-then-last", "latest+ring-4", "skip"):
+        # A rule for exited tokens means something only where tokens exit.
+        exits = {"criterion": "latent-diff"} if "+" in rule or rule == "skip" else {}
+        chosen[f"`{rule}`" + (", `latent-diff`" if exits else "")] = {"cache_rule": rule} | exits
+    chosen["warm start, `latent-diff`"] = {"criterion": "latent-diff", "continuous_compute": True}
+    for steps in (1, 2, 4):
+        chosen[f"draft at {steps}"] = {"draft_steps": steps}
+    for settings in ({"inner_steps": 4}, {"inner_steps": 2, "headway": 2}, {"inner_steps": 8}):
+        label = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
+        chosen[f"wavefront, {label}"] = {"sampler": "wavefront"} | settings
+    return {label: {"num_steps": DEEPEST} | policy for label, policy in chosen.items()}
+
+
+@torch.no_grad()
+def loss_in_decoding(model: RecurrentDepthForCausalLM, tokens: torch.Tensor, policy: dict[str, Any]) -> float | None:
+    """Held-out loss in nats, each token fed by itself; None for a sampler, which has no distribution of its own."""
+    if "sampler" in policy:
+        return None
+    policy = {name: value for name, value in policy.items() if name != "draft_steps"}
+    rule = cache_rule_for(model.config, policy.get("cache_rule"), policy.get("criterion"))
+    cache, total = RecurrentDepthCache(model.config, rule), 0.0
+    for now, then in zip(tokens[:, :-1].split(1, 1), tokens[:, 1:].split(1, 1), strict=True):
+        logits = model(now, past_key_values=cache, **policy).logits[:, -1].float()
+        total += F.cross_entropy(logits, then[:, 0], reduction="sum").item()
+    return total / (tokens.numel() - len(tokens))
+
+
+@torch.no_grad()
+def picked_by_the_deepest(model: RecurrentDepthForCausalLM, ids: torch.Tensor, mask: torch.Tensor) -> float:
+    """The share of the tokens after the prompts, whose mask is given, that r = 32 would have picked."""
+    start = mask.shape[1]
+    whole = F.pad(mask, (0, ids.shape[1] - 1 - start), value=1)
+    logits = model(
+        ids[:, :-1], attention_mask=whole, num_steps=DEEPEST, use_cache=False, logits_to_keep=ids.shape[1] - start
+    ).logits
+    return (logits.argmax(-1) == ids[:, start:]).float().mean().item()
+
+
+def products_alone(model: RecurrentDepthForCausalLM, rows: int, num_steps: int) -> Callable[[], None]:
+    """The matrix products with weights of one decoded token for each row, and nothing else."""
+    parts = model.transformer
+
+    def weights(layers: Any) -> list[torch.Tensor]:
+        return [m.weight for m in layers.modules() if isinstance(m, torch.nn.Linear)]
+
+    core = [parts["adapter"].weight, *weights(parts["core_block"])]
+    used = weights(parts["prelude"]) + num_steps * core + weights(parts["coda"]) + [model.lm_head.weight]
+    inputs = {weight.shape[1]: torch.randn(rows, weight.shape[1], dtype=weight.dtype) for weight in used}
+
+    @torch.no_grad()
+    def run() -> None:
+        for weight in used:
+            F.linear(inputs[weight.shape[1]], weight)
+
+    return run
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def measure(
+    model: Any, batches: dict[int, dict[str, torch.Tensor]], text: torch.Tensor, tokens: int, turns: int
+) -> list:
+    """A line for each policy; every figure of the table."""
+    chosen = policies(model.config)
+    options = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    times: dict[tuple[str, int], list[float]] = {}
+    outputs: dict[tuple[str, int], Any] = {}
+    for turn in range(turns + 1):
+        for label, policy in track(chosen.items(), f"turn {turn} of {turns}", transient=True):
+            for rows, batch in batches.items():
+                # The first turn warms up with few tokens.
+                extra = {"max_new_tokens": 4} if turn == 0 else {}
+                took = seconds(
+                    lambda: outputs.update({(label, rows): model.generate(**batch, **options | policy | extra)})  # noqa: B023
+                )
+                if turn:
+                    times.setdefault((label, rows), []).append(took)
+    floors = {
+        (f"r = {r}", rows): min(seconds(products_alone(model, rows, r)) for _ in range(5))
+        for r in (4, 8, 16, DEEPEST)
+        for rows in batches
+    }
+    lines = []
+    for label, policy in track(chosen.items(), "held-out loss", transient=True):
+        line = [label]
+        for rows, batch in batches.items():
+            took, output = times[label, rows], outputs[label, rows]
+            start = batch["input_ids"].shape[1]
+            rate = rows * tokens / statistics.median(took)
+            spread = (max(took) - min(took)) / statistics.median(took)
+            faster = statistics.median(times[f"r = {DEEPEST}", rows]) / statistics.median(took)
+            floor = floors.get((label, rows))
+            share = f"{floor * tokens / statistics.median(took):.0%}" if floor else ""
+            steps = output.stats["num_steps"][:, start:].float().mean().item()
+            agreement = picked_by_the_deepest(model, output.sequences, batch["attention_mask"])
+            line += [f"{rate:.1f} ± {spread / 2:.0%}", f"{faster:.2f} ×", share, f"{steps:.1f}", f"{agreement:.1%}"]
+        loss = loss_in_decoding(model, text, policy)
+        lines.append([*line, f"{loss:.3f}" if loss is not None else ""])
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--data", default="python-docs")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--tokens", type=int, default=32, help="decoded for each prompt")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--loss-tokens", type=int, default=96, help="of held-out text in each of 8 rows")
+    parser.add_argument("--write", type=Path, help="a page whose table to replace")
+    options = parser.parse_args()
+    model, tokenizer = load(options.checkpoint, options.dtype), load_tokenizer(options.checkpoint)
+    text = held_out_text(tokenizer, options.data, "text", max(options.loss_tokens, 64), 16)
+    prompts = text[8:, :48]
+    mask = torch.ones_like(prompts)
+    for row in range(len(prompts)):
+        mask[row, : 2 * row] = 0  # prompts of 34 to 48 tokens, padded on the left
+    batches = {
+        rows: {"input_ids": prompts[:rows] * mask[:rows], "attention_mask": mask[:rows]} for rows in (1, len(prompts))
+    }
+    lines = measure(model, batches, text[:8, : options.loss_tokens], options.tokens, options.turns)
+    heads = ["policy"]
+    for rows in batches:
+        heads += [f"tokens/s, batch {rows}", "against r = 32", "floor", "mean steps", "agreement"]
+    table = [[*heads, "loss"], ["---"] * (len(heads) + 1), *lines]
+    page = "\n".join("| " + " | ".join(line) + " |" for line in table)
+    core = model.config.n_layers_in_recurrent_block
+    note = (
+        f"{options.tokens} new tokens, {options.turns} turns, {options.dtype}, {core} layers in the core, seedless (greedy); "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads, "
+        f"{platform.machine()}."
+    )
+    if options.write is None:
+        Console().print(page + "\n\n" + note, soft_wrap=True, highlight=False, markup=False)
+        return
+    before, found, rest = options.write.read_text(encoding="utf-8").partition(BEGIN)
+    if not found or END not in rest:
+        raise SystemExit(f"{options.write} has no place for the table; put {BEGIN} and {END} into it")
+    after = rest.partition(END)[2]
+    options.write.write_text(f"{before}{BEGIN}\n{page}\n\n{note}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
