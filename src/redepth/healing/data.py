@@ -49,7 +49,12 @@ def open_text(spec: str, column: str = "text") -> IterableDataset:
             raise RedepthError(f"data file {spec!r} does not exist")
         builder = BUILDERS[file.suffix]
         options = {"sample_by": "document"} if builder == "text" else {}
-        stream = load_dataset(builder, data_files=str(file), split="train", streaming=True, **options)
+        if not file.stat().st_size:
+            raise RedepthError(f"data file {spec!r} is empty")
+        try:
+            stream = load_dataset(builder, data_files=str(file), split="train", streaming=True, **options)
+        except Exception as error:  # datasets, pyarrow and json raise their own kinds
+            raise RedepthError(f"data file {spec!r} can't be read: {first_line(error)}") from None
     elif file.exists():
         raise RedepthError(f"data {spec!r} is not one of {', '.join(BUILDERS)}; give such a file or a datasets id")
     else:

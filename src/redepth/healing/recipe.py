@@ -182,7 +182,8 @@ def fill(table: type[Table], values: Mapping[str, Any], where: str) -> Table:
     try:
         return table(**values)
     except ValidationError as error:
-        first = error.errors()[0]
+        # Of a union's members, the one that the value came furthest into is the one that was meant.
+        first = max(error.errors(), key=lambda entry: len(entry["loc"]))
         said = first["msg"].removeprefix("Value error, ")
         if not first["loc"]:
             raise RedepthError(f"{where}: {said}") from None
