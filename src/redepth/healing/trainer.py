@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.integrations import is_tensorboard_available
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
+from transformers.utils import CONFIG_NAME
 
 from redepth.errors import RedepthError
 from redepth.evaluation.loss import loss_by_depth
@@ -210,12 +211,15 @@ class HealTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            # Trainer reads it back as a bare PreTrainedConfig, which rejects llama3's rope settings; the model has its own.
+            (folder / CONFIG_NAME).unlink(missing_ok=True)
             state = {
                 "elapsed": self.clock.elapsed,
                 "guard": self.guard.state(),
                 "data": self.train_dataset.position(self.state.global_step * self.recipe.batch_size),
             }
-            seal(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}", state)
+            seal(folder, state)
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
         losses = self.held_out_losses()

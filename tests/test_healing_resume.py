@@ -1,0 +1,220 @@
+"""Healing goes on: after kill -9, SIGTERM, a torn checkpoint, and with another number of processes."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import redepth
+from redepth.errors import RedepthError
+from redepth.healing.checkpoints import damage, last_whole
+from redepth.healing.heal import heal
+from redepth.healing.recipe import HealRecipe
+from tests.test_healing import SHORT, byte_tokenizer
+from tests.test_healing_data import mixture
+
+RUN = SHORT | {"max_steps": 12, "save_every": 2, "eval_every": 5, "batch_size": 8, "micro_batch_size": 8}
+
+
+@pytest.fixture(scope="module")
+def converted(zoo, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    shutil.copytree(zoo["llama"], folder / "source")
+    byte_tokenizer().save_pretrained(folder / "source")
+    redepth.convert(folder / "source", folder / "recurrent", core="2:4", state="noise")
+    return folder / "recurrent"
+
+
+@pytest.fixture
+def checkpoint(converted: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(converted, tmp_path / "recurrent"))
+
+
+def write_recipe(recipe: HealRecipe, file: Path) -> Path:
+    """JSON is YAML too."""
+    content = recipe.model_dump(mode="json", exclude_unset=True)
+    file.write_text(json.dumps({"heal": content}))
+    return file
+
+
+def start(checkpoint: Path, recipe: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "redepth", "heal", str(checkpoint), "--recipe", str(recipe), *words]
+    return subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | environment
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def wait_for(process: subprocess.Popen[str], there: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 240
+    while not there():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def curve(folder: Path) -> list[dict[str, Any]]:
+    """Loss by step, and held-out losses."""
+    kept = ("step", "loss", "learning_rate", "grad_norm", "held_out_loss_r1", "held_out_loss_r4")
+    lines = (folder / "healing-log.jsonl").read_text().splitlines()
+    records = [{key: value for key, value in json.loads(line).items() if key in kept} for line in lines]
+    return [record for record in records if len(record) > 1]
+
+
+def assert_same_curve(first: Path, second: Path) -> None:
+    got, wanted = curve(first), curve(second)
+    assert len(got) == len(wanted)
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def unbroken(converted: Path, tmp_path_factory) -> Path:
+    """The run that nothing interrupts, and its recipe: a mixture, from noise states."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    recipe = mixture(folder, **RUN)
+    write_recipe(recipe, folder / "recipe.json")
+    heal(converted, recipe, out=folder / "out")
+    shutil.rmtree(converted / "healing", ignore_errors=True)
+    assert [record["step"] for record in curve(folder / "out")] == sorted([*range(1, 13), 5, 10])
+    return folder
+
+
+def test_killed_run_follows_the_unbroken_one(unbroken: Path, checkpoint: Path) -> None:
+    """SIGKILL, twice: between checkpoints, and in the middle of writing one."""
+    recipe, work = unbroken / "recipe.json", checkpoint / "healing"
+    process = start(checkpoint, recipe)
+    wait_for(process, (work / "checkpoint-4" / "run.json").exists)
+    process.send_signal(signal.SIGKILL)
+    assert finish(process)[0] == -signal.SIGKILL
+    assert not (checkpoint / "healing.json").exists()
+    reached = max(int(folder.name.rpartition("-")[2]) for folder in work.glob("checkpoint-*"))
+    process = start(checkpoint, recipe)
+    ahead = reached + 2
+    wait_for(process, (work / f"checkpoint-{ahead}").exists)
+    process.send_signal(signal.SIGKILL)
+    assert finish(process)[0] == -signal.SIGKILL
+    code, _, err = finish(start(checkpoint, recipe))
+    assert code == 0, err
+    assert_same_curve(checkpoint, unbroken / "out")
+    first, second = (redepth.load(folder).state_dict() for folder in (checkpoint, unbroken / "out"))
+    assert max((first[name] - second[name]).abs().max().item() for name in first) < 1e-6
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(unbroken: Path, checkpoint: Path) -> None:
+    recipe, work = unbroken / "recipe.json", checkpoint / "healing"
+    process = start(checkpoint, recipe)
+    wait_for(process, (work / "checkpoint-2" / "run.json").exists)
+    process.send_signal(signal.SIGTERM)
+    code, out, err = finish(process)
+    assert code == 143, out + err
+    assert "the same command goes on" in err.splitlines()[-1]
+    step = int(err.splitlines()[-1].partition("after step ")[2].partition(",")[0])
+    assert damage(work / f"checkpoint-{step}") is None
+    code, _, err = finish(start(checkpoint, recipe))
+    assert code == 0, err
+    assert_same_curve(checkpoint, unbroken / "out")
+
+
+class _Stop(Exception):
+    pass
+
+
+def run_to(checkpoint: Path, recipe: HealRecipe, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from redepth.healing.trainer import HealTrainer
+
+    whole = HealTrainer.compute_loss
+
+    def stopped(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise _Stop
+        return whole(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(_Stop):
+        patch.setattr(HealTrainer, "compute_loss", stopped)
+        heal(checkpoint, recipe)
+
+
+def test_torn_checkpoint_is_passed_over(
+    unbroken: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from redepth.healing.recipe import read_heal_recipe
+
+    recipe = read_heal_recipe(unbroken / "recipe.json")
+    run_to(checkpoint, recipe, 7, monkeypatch)
+    work = checkpoint / "healing"
+    torn = work / "checkpoint-6" / "optimizer.pt"
+    torn.write_bytes(torn.read_bytes()[:1000])
+    records = []
+    heal(checkpoint, recipe, on_progress=records.append)
+    told = [record.remark for record in records if "passed over" in record.remark]
+    assert told == [told[0]] and "checkpoint-6 has 1,000 of the" in told[0] and "optimizer.pt" in told[0]
+    assert_same_curve(checkpoint, unbroken / "out")
+
+
+def test_what_counts_as_whole(tmp_path: Path) -> None:
+    from redepth.healing.checkpoints import seal, sweep
+
+    for step in (2, 4, 6, 8):
+        folder = tmp_path / f"checkpoint-{step}"
+        (folder / "inner").mkdir(parents=True)
+        (folder / "inner" / "weights").write_bytes(b"12345")
+        if step != 8:
+            seal(folder, {"elapsed": 1.0})
+    (tmp_path / "checkpoint-6" / "inner" / "weights").unlink()
+    (tmp_path / "checkpoint-4" / "run.json").write_text('{"elapsed": 1.0, "fil')
+    told: list[str] = []
+    assert last_whole(tmp_path, told.append) == tmp_path / "checkpoint-2"
+    assert [line.partition(",")[0] for line in told] == [
+        "checkpoint-8 was not finished",
+        "checkpoint-6 lacks inner/weights",
+        "checkpoint-4 has an unreadable run.json",
+    ]
+    sweep(tmp_path)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
+def test_run_killed_after_its_last_step(
+    unbroken: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import redepth.healing.heal as module
+    from redepth.healing.recipe import read_heal_recipe
+
+    recipe = read_heal_recipe(unbroken / "recipe.json")
+
+    def stopped(*args: Any) -> None:
+        raise _Stop
+
+    with monkeypatch.context() as patch, pytest.raises(_Stop):
+        patch.setattr(module, "_save", stopped)
+        heal(checkpoint, recipe)
+    healing = heal(checkpoint, recipe)
+    assert healing.steps == 12
+    assert_same_curve(checkpoint, unbroken / "out")
+    losses = json.loads((unbroken / "out" / "healing.json").read_text())["loss_after"]
+    assert healing.loss_after == pytest.approx({int(depth): loss for depth, loss in losses.items()}, abs=1e-6)
+
+
+def test_some_keys_may_change_on_the_way(unbroken: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from redepth.healing.recipe import read_heal_recipe
+
+    recipe = read_heal_recipe(unbroken / "recipe.json")
+    run_to(checkpoint, recipe, 3, monkeypatch)
+    with pytest.raises(RedepthError, match="another recipe, max_steps = 12"):
+        heal(checkpoint, recipe.model_copy(update={"max_steps": 20}))
+    heal(checkpoint, recipe.model_copy(update={"micro_batch_size": 2, "save_every": 100}))
+    got, wanted = curve(checkpoint), curve(unbroken / "out")
+    assert [record.get("loss") for record in got] == pytest.approx([r.get("loss") for r in wanted], abs=2e-2)
