@@ -153,9 +153,6 @@ class HealTrainer(Trainer):
             self._load_from_checkpoint(str(checkpoint))
 
     def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        # Noise states and dropout then depend on the step alone: not on what was drawn before, nor on a resume.
-        place = (self.state.global_step * 1009 + self._micro_step) * 4093 + self.args.process_index
-        torch.manual_seed(self.recipe.seed * 1_000_003 + place)
         loss = super().training_step(model, *args, **kwargs)
         self._micro_step += 1
         self._step_loss += loss.item()
@@ -166,9 +163,24 @@ class HealTrainer(Trainer):
             "num_steps": depth_of_step(self.recipe, self.state.global_step, self.clock.progress),
             "loss_only": True,
         }
+        if self.plain_model().config.initial_state_mode == "noise":
+            inputs["input_states"] = self._noise_states(inputs["input_ids"])
         if self.teacher is not None:
             inputs["token_loss"] = self.teacher.token_loss(inputs["input_ids"], inputs.get("position_ids"))
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _noise_states(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """s_0 `[B, T, D]`, fresh at every step, for each row by its place in the run's batch.
+
+        So it is the same for any number of processes and any size of micro-batch, and after a resume.
+        """
+        rows, tokens = input_ids.shape
+        first = (self._micro_step * self.args.world_size + self.args.process_index) * rows
+        row = torch.arange(first, first + rows, device=input_ids.device)
+        places = row[:, None] * tokens + torch.arange(tokens, device=input_ids.device)
+        model = self.plain_model()
+        like = torch.empty(rows, tokens, model.config.n_embd, device=input_ids.device)
+        return model.initialize_state(like, places, self.recipe.seed * 1_000_003 + self.state.global_step)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Clip, and drop the gradients of a step that the guard refuses, so that the optimiser leaves it out."""
@@ -227,6 +239,7 @@ class HealTrainer(Trainer):
         self.say(f"step {self.state.global_step}, held-out loss: {told}")
         metrics = {f"held_out_loss_r{depth}": loss for depth, loss in losses.items()}
         self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def held_out_losses(self, on_row: Callable[[int, int], None] | None = None) -> dict[int, float]:
