@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ import redepth
 from redepth.errors import RedepthError
 from redepth.evaluation.loss import loss_by_depth
 from redepth.healing.curriculum import depth_of_step, learning_rate_factor, mean_recurrence
-from redepth.healing.data import PackedText, open_text, rows_of, training_and_held_out
+from redepth.healing.data import Place, encode, open_text, rows_of, training_and_held_out
+from redepth.healing.heal import heal
 from redepth.healing.memory import keep_freed_memory
+from redepth.healing.preflight import check_gradients
 from redepth.healing.recipe import HealRecipe, read_heal_recipe
-from redepth.healing.trainer import HealTrainer, check_gradients, heal
+from redepth.healing.trainer import HealTrainer
 from redepth.presets import preset_config
 from redepth.surgery.create import create
 from redepth.surgery.folder import read_recipe
@@ -98,7 +101,7 @@ def test_resumed_run_equals_the_unbroken_one(checkpoint: Path, tmp_path: Path, m
     assert not (tmp_path / "resumed").exists()
     monkeypatch.setattr(HealTrainer, "compute_loss", broken)
     with pytest.raises(RedepthError, match="another recipe"):
-        heal(checkpoint, HealRecipe(**SHORT), out=tmp_path / "resumed")
+        heal(checkpoint, HealRecipe(**SHORT | {"learning_rate": 1e-4}), out=tmp_path / "resumed")
     resumed = heal(checkpoint, recipe, out=tmp_path / "resumed")
     assert resumed.loss_before == unbroken.loss_before
     for depth, loss in unbroken.loss_after.items():
@@ -129,8 +132,9 @@ def test_time_ends_a_run(checkpoint: Path) -> None:
 def test_parameter_without_gradient_stops_the_run(checkpoint: Path) -> None:
     model = redepth.load(checkpoint)
     model.register_parameter("spare", torch.nn.Parameter(torch.zeros(3)))
+    model(tokens := random_ids(1, 16), labels=tokens, num_steps=2).loss.backward()
     with pytest.raises(RedepthError, match="'spare'"):
-        check_gradients(model, random_ids(1, 16)[0])
+        check_gradients(model)
 
 
 def test_loss_by_depth_equals_separate_passes(checkpoint: Path) -> None:
@@ -141,13 +145,17 @@ def test_loss_by_depth_equals_separate_passes(checkpoint: Path) -> None:
             assert abs(model(tokens, labels=tokens, num_steps=depth).loss.item() - loss) < 1e-5
 
 
-def test_rows_hold_every_token_in_order() -> None:
+def documents_of(*texts: str) -> Iterator[tuple[Place, list[int]]]:
     tokenizer = byte_tokenizer()
-    documents = [{"text": "abc"}, {"text": "defghij"}, {"text": ""}, {"text": "klmno"}]
-    rows = list(rows_of(iter(documents), tokenizer, 4))
-    text = tokenizer.decode([token for row in rows for token in row])
-    assert text == "abc</s>defghij</s></s>klm"
-    assert all(len(row) == 4 for row in rows)
+    return ((Place(0, number), encode(text, tokenizer)) for number, text in enumerate(texts))
+
+
+def test_rows_hold_every_token_in_order() -> None:
+    rows = list(rows_of(documents_of("abc", "defghij", "", "klmno"), 4))
+    tokens = [token for ids, _, _ in rows for token in ids]
+    assert byte_tokenizer().decode(tokens) == "abc</s>defghij</s></s>klm"
+    assert [positions for _, positions, _ in rows] == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3], [0, 0, 1, 2]]
+    assert [tuple(place) for _, _, place in rows] == [(0, 1, 0), (0, 1, 4), (0, 2, 0), (0, 3, 3)]
 
 
 @pytest.mark.parametrize("ending", ["txt", "jsonl", "parquet"])
@@ -169,10 +177,16 @@ def test_local_data(tmp_path: Path, ending: str) -> None:
 def test_held_out_documents_are_not_trained_on(tmp_path: Path) -> None:
     file = tmp_path / "data.jsonl"
     file.write_text("\n".join(json.dumps({"text": chr(65 + i) * 10}) for i in range(20)))
-    training, held_out = training_and_held_out(byte_tokenizer(), str(file), "text", None, 8, 3, seed=0)
+    recipe = HealRecipe(data=str(file), sequence_length=8, eval_rows=3)
+    training, held_out = training_and_held_out(byte_tokenizer(), recipe)
     seen = {token for row, _ in zip(training, range(60), strict=False) for token in row["input_ids"].tolist()}
     assert held_out.shape == (3, 8)
     assert seen & set(held_out.flatten().tolist()) == {2}  # the end-of-text token
+
+
+def first_rows(recipe: HealRecipe, count: int) -> list[list[int]]:
+    training, _ = training_and_held_out(byte_tokenizer(), recipe)
+    return [row["input_ids"].tolist() for row, _ in zip(training, range(count), strict=False)]
 
 
 def test_python_docs_are_split_and_repeatable() -> None:
@@ -180,14 +194,8 @@ def test_python_docs_are_split_and_repeatable() -> None:
     assert not set(training) & set(held_out)
     assert len(training) > 10 * len(held_out) > 0
     assert training == python_docs()
-    first, again = (
-        [
-            row["input_ids"].tolist()
-            for row, _ in zip(PackedText(open_text("python-docs"), byte_tokenizer(), 32, 1), range(5), strict=False)
-        ]
-        for _ in range(2)
-    )
-    assert first == again
+    recipe = HealRecipe(sequence_length=32, eval_rows=1, seed=1)
+    assert first_rows(recipe, 5) == first_rows(recipe, 5)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import torch
 
 import redepth
 from redepth.evaluation.loss import loss_by_depth
-from redepth.healing.data import PYTHON_DOCS, training_and_held_out
+from redepth.healing.data import training_and_held_out
+from redepth.healing.recipe import HealRecipe
 from redepth.loading import load_tokenizer
 from redepth.surgery.convert import plan_conversion
 from redepth.surgery.sources import BUILT_INS
@@ -53,7 +54,7 @@ def test_default_plan_starts_almost_unhurt(tmp_path: Path) -> None:
     """On SmolLM2, that is; Gemma 3 does lose with depth, see dev/LOG.md."""
     conversion = plan_conversion("smollm2-135m")
     model = conversion.model().to(torch.bfloat16)
-    _, rows = training_and_held_out(conversion.source.tokenizer, PYTHON_DOCS, "text", None, 128, 4, seed=0)
+    _, rows = training_and_held_out(conversion.source.tokenizer, HealRecipe(sequence_length=128, eval_rows=4))
     losses = loss_by_depth(model, rows, (1, 2, 8))
     assert losses[1] < 3.5
     assert max(losses.values()) - losses[1] < 0.1

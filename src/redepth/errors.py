@@ -2,7 +2,13 @@
 
 
 class RedepthError(ValueError):
-    """What is wrong, with the offending name and value, and what to do, in one line."""
+    """What is wrong, with the offending name and value, and what to do, in one line.
+
+    Attributes:
+        exit_code: of a command that ends with it.
+    """
+
+    exit_code = 2
 
 
 def first_line(error: BaseException) -> str:

@@ -46,3 +46,11 @@ def count_parameters(config: RecurrentDepthConfig) -> ParameterCount:
         coda=size(parts["coda"], parts["ln_f"]),
         head=0 if config.tie_embeddings else size(model.lm_head),
     )
+
+
+def training_flops_per_token(count: ParameterCount, steps_without: int, steps_with: int) -> float:
+    """6·[P + min(r, s)·R + C + max(0, r − s)·R/3] for r steps of which the last s carry a gradient.
+
+    A step without gradient costs its forward pass alone, a third of the whole (McLeish et al. 2025).
+    """
+    return 6.0 * (count.prelude + steps_with * count.core + count.coda + steps_without * count.core / 3)

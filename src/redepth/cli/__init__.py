@@ -33,4 +33,4 @@ def main() -> None:
             raise
         line = " ".join(str(error).split())
         print(f"redepth: {line or type(error).__name__}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(getattr(error, "exit_code", 2))

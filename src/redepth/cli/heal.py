@@ -1,14 +1,20 @@
 """redepth heal"""
 
+import inspect
+import types
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
+from rich.table import Table
 
-from .console import AsJson, Quiet, hush_libraries, loss_table, print_json, progress_bar, results
+from redepth.healing.recipe import HealRecipe, read_heal_recipe
+
+from .console import AsJson, Quiet, hush_libraries, loss_table, print_json, progress_bar, remarks, results
 
 if TYPE_CHECKING:
+    from redepth.healing.preflight import Preflight
     from redepth.healing.trainer import Progress
 
 
@@ -19,59 +25,101 @@ def note(record: "Progress") -> str:
     return f"step {record.step}, loss {record.loss:.3f}, mean r {record.mean_recurrence:.1f}{rate}"
 
 
+def listener(update: Any, quiet: bool) -> Any:
+    """What shows a run's records: remarks as lines, the rest on the bar."""
+
+    def listen(record: "Progress") -> None:
+        if record.remark:
+            if not quiet:
+                remarks.print(record.remark, highlight=False)
+        else:
+            update(record.part, record.done, note(record))
+
+    return listen
+
+
+def show_preflight(plan: "Preflight") -> None:
+    """What a run will be, before it starts."""
+    table = Table("part", "trains", "frozen", title="parameters", title_justify="left")
+    for part in plan.trainable | plan.frozen:
+        table.add_row(part, f"{plan.trainable.get(part, 0):,}", f"{plan.frozen.get(part, 0):,}")
+    results.print(table)
+    results.print(
+        f"{plan.tokens:,} tokens in {plan.steps:,} steps, {plan.mean_steps:.1f} steps of the core on average, "
+        f"{plan.flops:.2e} FLOPs in the layers"
+    )
+    if plan.memory is not None:
+        parts = ", ".join(
+            f"{name} {getattr(plan.memory, name) / 2**30:.2f}"
+            for name in ("weights", "gradients", "optimizer", "activations", "teacher")
+        )
+        results.print(f"about {plan.memory.total / 2**30:.2f} GiB: {parts}")
+    if plan.seconds is not None:
+        results.print(f"about {plan.seconds / 60:.1f} minutes of forward and backward passes, if no time limit ends it")
+    results.print(loss_table("held-out loss of the untouched conversion", {"before": plan.loss_before}))
+
+
+def _flag_type(annotation: Any) -> Any:
+    """What a flag takes for a recipe's key; phases, a list of tables, are for YAML alone."""
+    if isinstance(annotation, types.UnionType):
+        annotation = get_args(annotation)[0]
+    if annotation in (str, int, float, bool):
+        return annotation
+    listed = get_args(annotation)[0] if get_origin(annotation) is tuple else annotation
+    return str if listed is int or get_origin(listed) is Literal else None
+
+
+def _with_recipe_flags(command: Any) -> Any:
+    """A flag for every key of the recipe, in place of the command's `**changes`."""
+    parameters = list(inspect.signature(command).parameters.values())[:-1]
+    for name, field in HealRecipe.model_fields.items():
+        kind = _flag_type(field.annotation)
+        if kind is not None:
+            shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+            default = "" if shown is None else f" [dim]\\[{shown}][/]"
+            flag = f"--{name.replace('_', '-')}"
+            names = (f"{flag}/--no-{flag.removeprefix('--')}",) if kind is bool else (flag,)
+            option = typer.Option(*names, help=f"{field.description}{default}", rich_help_panel="Recipe")
+            annotation: Any = Annotated[(kind | None, option)]
+            parameters.append(
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            )
+    command.__signature__ = inspect.Signature(parameters)
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+@_with_recipe_flags
 def command(
     checkpoint: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a recurrent checkpoint.")],
     recipe: Annotated[Path | None, typer.Option(help="YAML file with a section 'heal'.")] = None,
     to: Annotated[Path | None, typer.Option(help="Write the healed model here instead of in place.")] = None,
-    data: Annotated[
-        str | None, typer.Option(help="python-docs, a .txt, .jsonl or .parquet file, or a datasets id.")
-    ] = None,
-    text_column: Annotated[str | None, typer.Option(help="Column that holds the text.")] = None,
-    validation: Annotated[
-        str | None, typer.Option(help="Held-out text; the data's first documents by default.")
-    ] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens in a row.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows in an optimiser step.")] = None,
-    micro_batch_size: Annotated[int | None, typer.Option(help="Rows in memory at once.")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
-    max_minutes: Annotated[float | None, typer.Option(help="End after this time if it comes first.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="AdamW's rate.")] = None,
-    mean_recurrence: Annotated[float | None, typer.Option(help="Mean of the sampled depth at the end.")] = None,
-    backprop_depth: Annotated[int | None, typer.Option(help="Last steps that carry a gradient.")] = None,
-    precision: Annotated[str | None, typer.Option(help="auto, bf16 or fp32.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of data order, depths and noise.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the run will be, and stop.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
+    **changes: Any,
 ) -> None:
     """Train a recurrent model so that it makes use of its depth.
 
-    Flags go over the recipe. An interrupted run goes on when the same command is given again.
+    Flags go over the recipe; docs/healing.md has the rules. An interrupted run goes on when the same command is given
+    again.
 
     Example: redepth heal ./smollm2-recurrent --data python-docs --recipe recipes/demo.yaml
     """
     hush_libraries()
-    from redepth.healing.recipe import read_heal_recipe
-    from redepth.healing.trainer import heal
+    from redepth.healing.heal import heal, plan_healing
 
-    settings = read_heal_recipe(
-        recipe,
-        data=data,
-        text_column=text_column,
-        validation=validation,
-        sequence_length=sequence_length,
-        batch_size=batch_size,
-        micro_batch_size=micro_batch_size,
-        max_steps=max_steps,
-        max_minutes=max_minutes,
-        learning_rate=learning_rate,
-        mean_recurrence=mean_recurrence,
-        backprop_depth=backprop_depth,
-        precision=precision,
-        seed=seed,
-    )
+    settings = read_heal_recipe(recipe, **changes)
     with progress_bar(quiet) as update:
-        healing = heal(checkpoint, settings, to, lambda record: update(record.part, record.done, note(record)))
-    if as_json:
+        listen = listener(update, quiet)
+        if dry_run:
+            plan = plan_healing(checkpoint, settings, listen)
+        else:
+            silent = quiet or as_json
+            healing = heal(checkpoint, settings, to, listen, None if silent else show_preflight)
+    if dry_run:
+        print_json(asdict(plan)) if as_json else show_preflight(plan)
+    elif as_json:
         print_json(asdict(healing))
     elif not quiet:
         title = f"held-out loss in nats per token, {healing.tokens:,} tokens in {healing.minutes:.1f} minutes"

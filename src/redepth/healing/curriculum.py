@@ -7,14 +7,34 @@ from redepth.modeling.depth import sample_num_steps
 from .recipe import HealRecipe
 
 
-def mean_recurrence(recipe: HealRecipe, progress: float) -> float:
-    """The curriculum's mean number of steps (McLeish et al. 2025, section 4)."""
-    ramp = min(progress / recipe.curriculum_fraction, 1.0)
-    if recipe.curriculum == "constant":
-        return recipe.mean_recurrence
-    if recipe.curriculum == "one-minus-sqrt":
+def _along(curve: str, progress: float, fraction: float, start: float, end: float) -> float:
+    """The value on the way from start to end, which takes `fraction` of the run (McLeish et al. 2025, section 4)."""
+    ramp = min(progress / fraction, 1.0)
+    if curve == "constant":
+        return end
+    if curve == "one-minus-sqrt":
         ramp = 1 - (1 - ramp) ** 0.5
-    return recipe.curriculum_start + (recipe.mean_recurrence - recipe.curriculum_start) * ramp
+    return start + (end - start) * ramp
+
+
+def mean_recurrence(recipe: HealRecipe, progress: float) -> float:
+    """The mean of the sampled number of steps."""
+    return _along(
+        recipe.curriculum, progress, recipe.curriculum_fraction, recipe.curriculum_start, recipe.mean_recurrence
+    )
+
+
+def backprop_depth(recipe: HealRecipe, progress: float) -> int:
+    """How many of the last steps carry a gradient."""
+    return round(
+        _along(
+            recipe.backprop_curriculum,
+            progress,
+            recipe.backprop_fraction,
+            recipe.backprop_start,
+            recipe.backprop_depth,
+        )
+    )
 
 
 def depth_of_step(recipe: HealRecipe, global_step: int, progress: float) -> tuple[int, int]:
@@ -23,7 +43,7 @@ def depth_of_step(recipe: HealRecipe, global_step: int, progress: float) -> tupl
     The draw is seeded by the global step, so that every process and every resumed run draws the same.
     """
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + global_step)
-    return sample_num_steps(mean_recurrence(recipe, progress), recipe.backprop_depth, generator)
+    return sample_num_steps(mean_recurrence(recipe, progress), backprop_depth(recipe, progress), generator)
 
 
 def learning_rate_factor(recipe: HealRecipe, progress: float) -> float:

@@ -1,61 +1,194 @@
-"""What a healing run does: one table of defaults, filled by a YAML file and then by flags."""
+"""What a healing run does: one table of keys, defaults and meanings, filled by a YAML file and then by flags."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from redepth.errors import RedepthError, first_line
 
+Curve = Literal["constant", "linear", "one-minus-sqrt"]
+Group = Literal["prelude", "core", "coda"]
+Table = TypeVar("Table", bound=BaseModel)
 
-class HealRecipe(BaseModel):
-    """
-    Attributes:
-        data: `python-docs`, a .txt, .jsonl or .parquet file, or a `datasets` id.
-        text_column: column of jsonl, parquet and hub data that holds the text.
-        validation: held-out text, given like `data`; without it the first documents of `data` are held out.
-        sequence_length: tokens in a row.
-        batch_size: rows in an optimiser step.
-        micro_batch_size: rows in memory at once.
-        max_steps: optimiser steps.
-        max_minutes: end after this time if that comes first; schedules then run on time.
-        learning_rate, weight_decay, max_grad_norm: of AdamW.
-        warmup, decay: fractions of the run; the rate rises linearly over the one and falls linearly over the other.
-        mean_recurrence: mean of the sampled number of steps at the end of the curriculum.
-        curriculum: how the mean gets there, from `curriculum_start` over `curriculum_fraction` of the run.
-        backprop_depth: how many of the last steps carry a gradient.
-        precision: `auto` is bf16 where the processor has it.
-        eval_depths, eval_rows: numbers of steps, and held-out rows, of the losses before and after.
-        save_every: optimiser steps between checkpoints to resume from.
-        seed: of the data order, the sampled depths and the noise.
-    """
+
+class DataSource(BaseModel):
+    """One source of a mixture."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    data: str = "python-docs"
-    text_column: str = "text"
-    validation: str | None = None
-    sequence_length: int = Field(512, ge=8)
-    batch_size: int = Field(8, ge=1)
-    micro_batch_size: int = Field(4, ge=1)
-    max_steps: int = Field(500, ge=1)
-    max_minutes: float | None = Field(None, gt=0)
-    learning_rate: float = Field(5e-5, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    warmup: float = Field(0.05, ge=0, le=1)
-    decay: float = Field(0.3, ge=0, le=1)
-    mean_recurrence: float = Field(4.0, ge=1)
-    curriculum: Literal["constant", "linear", "one-minus-sqrt"] = "one-minus-sqrt"
-    curriculum_start: float = Field(1.0, ge=1)
-    curriculum_fraction: float = Field(0.5, gt=0, le=1)
-    backprop_depth: int = Field(8, ge=1)
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    eval_depths: tuple[int, ...] = (1, 2, 4, 8, 16)
-    eval_rows: int = Field(16, ge=1)
-    save_every: int = Field(100, ge=1)
-    seed: int = 0
+    data: str = Field(description="python-docs, a .txt, .jsonl or .parquet file, or a datasets id")
+    weight: float = Field(1.0, gt=0, description="share of the training rows, relative to the other sources")
+    text_column: str | None = Field(None, description="column that holds the text; the recipe's by default")
+    license: str | None = Field(None, description="its licence, where the data has no column `license`")
+
+
+class Phase(BaseModel):
+    """One stretch of the run, with data of its own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    share: float = Field(gt=0, le=1, description="share of the optimiser steps")
+    data: str | tuple[DataSource, ...] = Field(description="a source, or a mixture")
+
+
+class HealRecipe(BaseModel):
+    """Every key of the section `heal`; each field says what it means, here and in `redepth heal --help`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: str | tuple[DataSource, ...] = Field(
+        "python-docs",
+        description="python-docs, a .txt, .jsonl or .parquet file, or a datasets id; in YAML also a list of sources",
+    )
+    phases: tuple[Phase, ...] = Field((), description="stretches of the run with data of their own, instead of data")
+    text_column: str = Field("text", description="column of jsonl, parquet and hub data that holds the text")
+    license: str | None = Field(None, description="the data's licence, where it has no column `license`")
+    validation: str | None = Field(None, description="held-out text; the data's first documents by default")
+    separate_documents: bool = Field(
+        True, description="packed documents don't see each other: attention and positions restart with each"
+    )
+    sequence_length: int = Field(512, ge=8, description="tokens in a row")
+    batch_size: int = Field(8, ge=1, description="rows in an optimiser step, over all processes")
+    micro_batch_size: int = Field(4, ge=1, description="most rows in a process's memory at once")
+    max_steps: int = Field(500, ge=1, description="optimiser steps")
+    max_minutes: float | None = Field(
+        None, gt=0, description="end after this time if that comes first; schedules then run on time"
+    )
+
+    optimizer: str = Field(
+        "adamw", description="adamw; muon (matrices; AdamW for the rest); or a name that Trainer's optim takes"
+    )
+    learning_rate: float = Field(5e-5, gt=0, description="AdamW's rate")
+    muon_learning_rate: float = Field(1e-3, gt=0, description="Muon's rate")
+    weight_decay: float = Field(0.0, ge=0, description="of the optimiser")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+    warmup: float = Field(0.05, ge=0, le=1, description="share of the run over which the rate rises")
+    decay: float = Field(0.3, ge=0, le=1, description="share of the run over which the rate falls")
+
+    mean_recurrence: float = Field(4.0, ge=1, description="mean of the sampled number of steps at the end")
+    curriculum: Curve = Field("one-minus-sqrt", description="how the mean gets there: constant, linear, one-minus-sqrt")
+    curriculum_start: float = Field(1.0, ge=1, description="the mean at the start")
+    curriculum_fraction: float = Field(0.5, gt=0, le=1, description="share of the run that the way takes")
+    backprop_depth: int = Field(8, ge=1, description="how many of the last steps carry a gradient")
+    backprop_curriculum: Curve = Field("constant", description="how that number gets there, as for the mean")
+    backprop_start: int = Field(1, ge=1, description="that number at the start")
+    backprop_fraction: float = Field(0.5, gt=0, le=1, description="share of the run that its way takes")
+
+    train: Literal["all", "core", "adapter", "core+adapter", "lora"] = Field(
+        "all", description="which parameters train; lora: low-rank updates, and the adapter in full"
+    )
+    lora_groups: tuple[Group, ...] = Field(("core",), description="groups of layers that get LoRA")
+    lora_rank: int = Field(16, ge=1, description="rank of LoRA's updates")
+    lora_alpha: float = Field(32.0, gt=0, description="LoRA's updates are scaled by alpha / rank")
+    distill: float = Field(
+        0.0, ge=0, le=1, description="weight of the teacher's KL in the loss; the rest is the text's"
+    )
+    temperature: float = Field(1.0, gt=0, description="softens teacher and student in the KL")
+    teacher: str | None = Field(None, description="model to distil from; the source of the conversion by default")
+
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto is bf16 where the processor has it")
+    activation_checkpointing: Literal["none", "layer", "step"] = Field(
+        "none", description="what is computed again in the backward pass, to save memory"
+    )
+    compile: bool = Field(False, description="torch.compile for each layer")
+    spike_factor: float = Field(
+        10.0, gt=1, description="a step is skipped where loss or gradient norm exceeds its running median times this"
+    )
+    max_skipped: int = Field(10, ge=1, description="steps skipped in a row that end the run")
+    eval_depths: tuple[int, ...] = Field((1, 2, 4, 8, 16), description="numbers of steps of the held-out losses")
+    eval_rows: int = Field(16, ge=1, description="held-out rows")
+    eval_every: int | None = Field(None, ge=1, description="optimiser steps between held-out losses during the run")
+    save_every: int = Field(100, ge=1, description="optimiser steps between checkpoints to resume from")
+    report_to: str = Field(
+        "auto", description="trackers, comma-separated, as Trainer's report_to; auto is TensorBoard where installed"
+    )
+    seed: int = Field(0, description="of the data order, the sampled depths and the noise")
+
+    @field_validator("eval_depths", "lora_groups", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        """Flags give lists as `1,4,16`."""
+        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> "HealRecipe":
+        if self.phases:
+            if "data" in self.model_fields_set:
+                raise ValueError("give either data or phases, not both")
+            if abs(sum(phase.share for phase in self.phases) - 1) > 1e-6:
+                raise ValueError(f"the shares of the phases add up to {sum(p.share for p in self.phases):g}, not 1")
+            if self.max_minutes is not None:
+                raise ValueError("phases are shares of max_steps, so they can't go with max_minutes")
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            )
+        if min(self.eval_depths, default=0) < 1:
+            raise ValueError("eval_depths needs at least one number, none below 1")
+        return self
+
+    def timetable(self) -> list[tuple[float, tuple[DataSource, ...]]]:
+        """(end as a share of the run, sources) of each phase; a run without phases has one."""
+        table, end = [], 0.0
+        for share, data in [(phase.share, phase.data) for phase in self.phases] or [(1.0, self.data)]:
+            end += share
+            sources = (DataSource(data=data),) if isinstance(data, str) else data
+            filled = {"text_column": self.text_column, "license": self.license}
+            table.append(
+                (
+                    end,
+                    tuple(
+                        source.model_copy(
+                            update={key: value for key, value in filled.items() if getattr(source, key) is None}
+                        )
+                        for source in sources
+                    ),
+                )
+            )
+        return table
+
+    @property
+    def data_names(self) -> str:
+        """The sources by name, for records and cards."""
+        return ", ".join(dict.fromkeys(source.data for _, sources in self.timetable() for source in sources))
+
+
+def read_yaml(file: str | Path) -> dict[str, Any]:
+    """The sections of a recipe file.
+
+    Raises:
+        RedepthError: for a missing file, or one that is not a table.
+    """
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RedepthError(f"recipe {file} does not exist; see recipes/ for examples") from None
+    except yaml.YAMLError as error:
+        raise RedepthError(f"recipe {file} is not valid YAML: {first_line(error)}") from None
+    if not isinstance(content, dict):
+        raise RedepthError(f"recipe {file} has no sections; see recipes/ for examples")
+    return content
+
+
+def fill(table: type[Table], values: Mapping[str, Any], where: str) -> Table:
+    """A recipe table from a mapping.
+
+    Raises:
+        RedepthError: in one line, naming `where`, the key and its value.
+    """
+    try:
+        return table(**values)
+    except ValidationError as error:
+        # Of a union's members, the one that the value came furthest into is the one that was meant.
+        first = max(error.errors(), key=lambda entry: len(entry["loc"]))
+        said = first["msg"].removeprefix("Value error, ")
+        if not first["loc"]:
+            raise RedepthError(f"{where}: {said}") from None
+        key = ".".join(str(part) for part in first["loc"] if part not in ("str", "tuple[DataSource, ...]"))
+        raise RedepthError(f"{where}: {key} = {first['input']!r}: {said}") from None
 
 
 def read_heal_recipe(file: str | Path | None = None, **changes: Any) -> HealRecipe:
@@ -65,27 +198,12 @@ def read_heal_recipe(file: str | Path | None = None, **changes: Any) -> HealReci
         RedepthError: for a missing file or section, an unknown key, or a value that does not fit.
     """
     values: dict[str, Any] = {}
-    where = "healing recipe"
     if file is not None:
-        where = str(file)
-        try:
-            content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise RedepthError(f"recipe {where} does not exist; see recipes/ for examples") from None
-        except yaml.YAMLError as error:
-            raise RedepthError(f"recipe {where} is not valid YAML: {first_line(error)}") from None
-        if not isinstance(content, dict) or not isinstance(content.get("heal"), dict):
-            raise RedepthError(f"recipe {where} has no section 'heal'; put the healing settings under it")
+        content = read_yaml(file)
+        if not isinstance(content.get("heal"), dict):
+            raise RedepthError(f"recipe {file} has no section 'heal'; put the healing settings under it")
         values = content["heal"]
-    values = values | {key: value for key, value in changes.items() if value is not None}
-    try:
-        recipe = HealRecipe(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise RedepthError(f"{where}: {key} = {first['input']!r}: {first['msg']}") from None
-    if recipe.batch_size % recipe.micro_batch_size:
-        raise RedepthError(
-            f"{where}: batch_size {recipe.batch_size} is not a multiple of micro_batch_size {recipe.micro_batch_size}"
-        )
-    return recipe
+    given = {key: value for key, value in changes.items() if value is not None}
+    if "data" in given:
+        values = {key: value for key, value in values.items() if key != "phases"}
+    return fill(HealRecipe, values | given, str(file) if file is not None else "healing recipe")

@@ -1,38 +1,34 @@
-"""Healing on transformers' Trainer: it draws the depth of each step and keeps the schedules; the loop is theirs."""
+"""Healing on transformers' Trainer: the depth of each step, schedules, exact resume; the loop is theirs."""
 
-import shutil
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    default_data_collator,
-)
-from transformers.trainer_callback import ExportableState, PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import is_tensorboard_available
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils import CONFIG_NAME
 
 from redepth.errors import RedepthError
 from redepth.evaluation.loss import loss_by_depth
-from redepth.loading import load_tokenizer, read_config
 from redepth.modeling import RecurrentDepthForCausalLM
-from redepth.surgery.card import write_card
-from redepth.surgery.folder import HEALING_FILE, read_json, read_recipe, whole_folder, write_json, write_recipe
+from redepth.modeling.blocks import Block
+from redepth.surgery.folder import read_json
 
+from .checkpoints import RUN_FILE, seal
 from .curriculum import depth_of_step, learning_rate_factor, mean_recurrence
-from .data import training_and_held_out
-from .memory import keep_freed_memory
+from .data import TrainingRows
+from .distillation import Teacher
+from .guard import SpikeGuard
+from .optim import muon_with_adamw, trainer_optimizer_name
 from .recipe import HealRecipe
-
-WORK_FOLDER = "healing"
-BEFORE_FILE = "before.json"
 
 
 @dataclass(frozen=True)
@@ -43,6 +39,7 @@ class Progress:
         part: `loss before`, `training` or `loss after`.
         done: share of the part, in [0, 1].
         loss: of the last optimiser step, in nats per token.
+        remark: something to be told once, beside the progress.
     """
 
     part: str
@@ -51,74 +48,161 @@ class Progress:
     loss: float | None = None
     mean_recurrence: float | None = None
     tokens_per_second: float | None = None
+    remark: str = ""
 
 
-@dataclass(frozen=True)
-class Healing:
-    """What a run did; kept as `healing.json` beside the weights."""
+class RunClock(TrainerCallback):
+    """Progress of the run in [0, 1], by steps or by time, whichever is further, and when to stop.
 
-    data: str
-    tokens: int
-    steps: int
-    minutes: float
-    precision: str
-    seed: int
-    loss_before: dict[int, float]
-    loss_after: dict[int, float]
+    All processes go by the slowest one's time and stop together. SIGTERM ends the run after the current step, with a
+    checkpoint.
+    """
 
-
-class RunClock(TrainerCallback, ExportableState):
-    """Progress of the run in [0, 1], by steps or by time, whichever is further; counts on where a resumed run left."""
-
-    def __init__(self, max_steps: int, max_minutes: float | None, elapsed: float = 0.0) -> None:
+    def __init__(self, max_steps: int, max_minutes: float | None) -> None:
         self.max_steps = max_steps
         self.max_minutes = max_minutes
-        self.elapsed = elapsed
-        self._last = time.monotonic()
+        self.elapsed = 0.0
         self.step = 0
-
-    def state(self) -> dict[str, Any]:
-        arguments = {"max_steps": self.max_steps, "max_minutes": self.max_minutes, "elapsed": self.elapsed}
-        return {"args": arguments, "attributes": {}}
+        self.terminated = False
+        self._signalled = False
+        self._former_handler: Any = None
 
     @property
     def progress(self) -> float:
         by_time = self.elapsed / (60 * self.max_minutes) if self.max_minutes else 0.0
         return min(max(self.step / self.max_steps, by_time), 1.0)
 
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self._signalled = True
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._last, self.step = time.monotonic(), state.global_step
+        if threading.current_thread() is threading.main_thread():
+            self._former_handler = signal.signal(signal.SIGTERM, self._on_signal)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         now = time.monotonic()
-        self.elapsed, self._last, self.step = self.elapsed + now - self._last, now, state.global_step
-        if self.progress >= 1.0:
+        elapsed, self._last, self.step = self.elapsed + now - self._last, now, state.global_step
+        shared = torch.tensor([elapsed, float(self._signalled)], dtype=torch.float64)
+        if args.world_size > 1:
+            shared = shared.to(args.device)
+            torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+        self.elapsed, self.terminated = shared[0].item(), bool(shared[1])
+        if self.progress >= 1.0 or self.terminated:
             control.should_training_stop = True
+        if self.terminated:
+            control.should_save = True
         return control
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._former_handler is not None:
+            signal.signal(signal.SIGTERM, self._former_handler)
 
 
 class HealTrainer(Trainer):
-    """Trainer with a depth for each optimiser step, and schedules that follow the run's clock."""
+    """Trainer with a depth for each optimiser step, and schedules that follow the run's clock.
 
-    def __init__(self, recipe: HealRecipe, on_progress: Callable[[Progress], None], **kwargs: Any) -> None:
+    Args:
+        held_out: rows `[rows, tokens]` for the losses during the run.
+    """
+
+    train_dataset: TrainingRows
+
+    def __init__(
+        self,
+        recipe: HealRecipe,
+        on_progress: Callable[[Progress], None],
+        held_out: torch.Tensor,
+        teacher: Teacher | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.recipe = recipe
         self.on_progress = on_progress
+        self.held_out = held_out
+        self.teacher = teacher
         self.clock = RunClock(recipe.max_steps, recipe.max_minutes)
+        self.guard = SpikeGuard(recipe.spike_factor, recipe.max_skipped)
         self.add_callback(self.clock)
+        self.add_callback(_HeldOutLosses(recipe.eval_every))
         self.remove_callback(PrinterCallback)
+        self._micro_step = 0
+        self._step_loss = 0.0
 
-    def _load_callback_state(self) -> None:
-        super()._load_callback_state()
-        self.clock = next(entry for entry in self.callback_handler.callbacks if isinstance(entry, RunClock))
+    def resume(self, checkpoint: Path | None) -> None:
+        """Train to the end, from the start or from a whole checkpoint."""
+        if checkpoint is None:
+            self.train()
+            return
+        state = read_json(checkpoint / RUN_FILE)
+        assert state is not None
+        self.clock.elapsed = state["elapsed"]
+        self.guard.load_state(state["guard"])
+        self.train_dataset.go_to(state["data"])
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        self.clock.step = self.state.global_step
+        if self.clock.progress < 1:
+            self.train(resume_from_checkpoint=str(checkpoint))
+        else:  # only what comes after the training is left to do
+            self._load_from_checkpoint(str(checkpoint))
+
+    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(model, *args, **kwargs)
+        self._micro_step += 1
+        self._step_loss += loss.item()
+        return loss
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        num_steps = depth_of_step(self.recipe, self.state.global_step, self.clock.progress)
-        return super().compute_loss(model, inputs | {"num_steps": num_steps, "loss_only": True}, *args, **kwargs)
+        inputs = inputs | {
+            "num_steps": depth_of_step(self.recipe, self.state.global_step, self.clock.progress),
+            "loss_only": True,
+        }
+        if self.plain_model().config.initial_state_mode == "noise":
+            inputs["input_states"] = self._noise_states(inputs["input_ids"])
+        if self.teacher is not None:
+            inputs["token_loss"] = self.teacher.token_loss(inputs["input_ids"], inputs.get("position_ids"))
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _noise_states(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """s_0 `[B, T, D]`, fresh at every step, for each row by its place in the run's batch.
+
+        So it is the same for any number of processes and any size of micro-batch, and after a resume.
+        """
+        rows, tokens = input_ids.shape
+        first = (self._micro_step * self.args.world_size + self.args.process_index) * rows
+        row = torch.arange(first, first + rows, device=input_ids.device)
+        places = row[:, None] * tokens + torch.arange(tokens, device=input_ids.device)
+        model = self.plain_model()
+        like = torch.empty(rows, tokens, model.config.n_embd, device=input_ids.device)
+        return model.initialize_state(like, places, self.recipe.seed * 1_000_003 + self.state.global_step)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Clip, and drop the gradients of a step that the guard refuses, so that the optimiser leaves it out."""
+        norm = super()._clip_grad_norm(model)
+        whole_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)
+        loss = torch.tensor(self._step_loss, device=self.args.device)
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(loss)
+            loss /= self.args.world_size
+        self._micro_step, self._step_loss = 0, 0.0
+        step = self.state.global_step + 1
+        trouble = self.guard.judge(step, loss.item(), whole_norm.item())
+        if trouble is not None:
+            model.zero_grad(set_to_none=True)
+            self.say(f"step {step} is skipped, its {trouble}")
+        return norm
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.recipe.optimizer == "muon" and self.optimizer is None:
+            trained: Any = self.model if model is None else model
+            self.optimizer = muon_with_adamw(trained, self.recipe, set(self.get_decay_parameter_names(trained)))
+        return super().create_optimizer(model)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -135,6 +219,45 @@ class HealTrainer(Trainer):
             )
         return self.lr_scheduler
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            # Trainer reads it back as a bare PreTrainedConfig, which rejects llama3's rope settings; the model has its own.
+            (folder / CONFIG_NAME).unlink(missing_ok=True)
+            state = {
+                "elapsed": self.clock.elapsed,
+                "guard": self.guard.state(),
+                "data": self.train_dataset.position(self.state.global_step * self.recipe.batch_size),
+            }
+            seal(folder, state)
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        losses = self.held_out_losses()
+        told = ", ".join(f"{loss:.3f} at r = {depth}" for depth, loss in losses.items())
+        self.say(f"step {self.state.global_step}, held-out loss: {told}")
+        metrics = {f"held_out_loss_r{depth}": loss for depth, loss in losses.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def held_out_losses(self, on_row: Callable[[int, int], None] | None = None) -> dict[int, float]:
+        """Loss on the held-out rows after each of the recipe's `eval_depths`."""
+        model = self.plain_model()
+        with torch.autocast(self.args.device.type, dtype=torch.bfloat16, enabled=self.args.bf16):
+            return loss_by_depth(
+                model, self.held_out, self.recipe.eval_depths, self.recipe.micro_batch_size, on_row=on_row
+            )
+
+    def plain_model(self) -> RecurrentDepthForCausalLM:
+        """The recurrent model itself, inside what PEFT and accelerate wrapped around it."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def say(self, remark: str) -> None:
+        self.on_progress(Progress("training", self.clock.progress, self.state.global_step, remark=remark))
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             tokens = self.recipe.batch_size * self.recipe.sequence_length * self.state.global_step
@@ -147,6 +270,20 @@ class HealTrainer(Trainer):
         super().log(logs, start_time)
 
 
+class _HeldOutLosses(TrainerCallback):
+    """Asks for the held-out losses every so many steps."""
+
+    def __init__(self, every: int | None) -> None:
+        self.every = every
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self.every is not None and state.global_step % self.every == 0:
+            control.should_evaluate = True
+        return control
+
+
 def processor_has_bf16() -> bool:
     """Whether bf16 matrix products are native where the run would take place."""
     if torch.cuda.is_available():
@@ -154,172 +291,54 @@ def processor_has_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def check_gradients(model: RecurrentDepthForCausalLM, row: torch.Tensor) -> None:
-    """Refuse to start a run in which a trainable parameter would never learn.
+def use_memory_savers(model: RecurrentDepthForCausalLM, recipe: HealRecipe) -> None:
+    """Switch on what the recipe asks for inside the model; checkpointing by layer is Trainer's own switch."""
+    model.checkpoint_steps = recipe.activation_checkpointing == "step"
+    if recipe.compile:
+        # Layer by layer: one compilation serves every step and depth, where the whole model would need one for each.
+        for module in model.modules():
+            if isinstance(module, Block):
+                module.compile()
+
+
+def training_arguments(recipe: HealRecipe, work: Path, bf16: bool) -> TrainingArguments:
+    """Trainer's settings for a recipe, with the batch shared out among the processes.
 
     Raises:
-        RedepthError: naming the first parameter without a gradient.
+        RedepthError: where the processes can't share the batch evenly.
     """
-    model.train()
-    ids = row[None].to(model.device)
-    model(ids, labels=ids, num_steps=2).loss.backward()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.grad is None:
-            raise RedepthError(f"parameter {name!r} is trainable but gets no gradient; freeze it or check the plan")
-    model.zero_grad(set_to_none=True)
-
-
-def _training_arguments(recipe: HealRecipe, work: Path, bf16: bool) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(work),
-        max_steps=recipe.max_steps,
-        per_device_train_batch_size=recipe.micro_batch_size,
-        gradient_accumulation_steps=recipe.batch_size // recipe.micro_batch_size,
-        learning_rate=recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.max_grad_norm,
-        bf16=bf16,
-        use_cpu=not torch.cuda.is_available(),
-        optim="adamw_torch_fused",
-        logging_steps=1,
-        save_steps=recipe.save_every,
-        save_total_limit=2,
-        restore_callback_states_from_checkpoint=True,
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        seed=recipe.seed,
-    )
-
-
-def _losses(
-    model: RecurrentDepthForCausalLM,
-    rows: torch.Tensor,
-    recipe: HealRecipe,
-    bf16: bool,
-    part: str,
-    on_progress: Callable[[Progress], None],
-) -> dict[int, float]:
-    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
-        return loss_by_depth(
-            model,
-            rows,
-            recipe.eval_depths,
-            recipe.micro_batch_size,
-            on_row=lambda done, total: on_progress(Progress(part, done / total)),
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if recipe.batch_size % processes:
+        raise RedepthError(f"batch_size {recipe.batch_size} can't be shared evenly by {processes} processes")
+    rows = recipe.batch_size // processes
+    at_once = next(size for size in range(min(recipe.micro_batch_size, rows), 0, -1) if rows % size == 0)
+    trackers: Any = [name.strip() for name in recipe.report_to.split(",")]
+    if recipe.report_to == "auto":
+        trackers = ["tensorboard"] if is_tensorboard_available() else "none"
+    try:
+        return TrainingArguments(
+            output_dir=str(work),
+            max_steps=recipe.max_steps,
+            per_device_train_batch_size=at_once,
+            gradient_accumulation_steps=rows // at_once,
+            learning_rate=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+            max_grad_norm=recipe.max_grad_norm,
+            bf16=bf16,
+            use_cpu=not torch.cuda.is_available(),
+            optim=trainer_optimizer_name(recipe),
+            activation_checkpointing=recipe.activation_checkpointing == "layer",
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            save_steps=recipe.save_every,
+            save_total_limit=2,
+            # The rows know where to go on.
+            ignore_data_skip=True,
+            report_to=trackers,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            ddp_find_unused_parameters=False,
+            seed=recipe.seed,
         )
-
-
-def heal(
-    checkpoint: str | Path,
-    recipe: HealRecipe | None = None,
-    out: str | Path | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
-) -> Healing:
-    """Train a recurrent checkpoint so that it makes use of its depth.
-
-    Checkpoints to resume from lie in `healing/` inside the folder while the run goes on; the same call after an
-    interruption goes on from the last one. At the end the healed model takes its place, written whole.
-
-    Args:
-        checkpoint: folder of a recurrent checkpoint: converted, new or published.
-        recipe: the defaults of `HealRecipe` if left out.
-        out: folder for the healed model, instead of healing in place.
-        on_progress: called with each record of the run.
-
-    Raises:
-        RedepthError: for a checkpoint, data or recipe that does not fit.
-    """
-    recipe = recipe or HealRecipe()
-    on_progress = on_progress or (lambda record: None)
-    folder = Path(checkpoint)
-    target = Path(out) if out is not None else folder
-    if target != folder and target.exists():
-        raise RedepthError(f"{target} already exists; give another folder for the healed model")
-    config, _ = read_config(folder)
-    if (folder / HEALING_FILE).exists():
-        raise RedepthError(f"{folder} is healed already; convert its source again, or heal another folder")
-    tokenizer = load_tokenizer(folder)
-    if recipe.sequence_length > config.block_size:
-        raise RedepthError(
-            f"sequence_length {recipe.sequence_length} is more than the {config.block_size} tokens the model allows"
-        )
-    rows, held_out = training_and_held_out(
-        tokenizer,
-        recipe.data,
-        recipe.text_column,
-        recipe.validation,
-        recipe.sequence_length,
-        recipe.eval_rows,
-        recipe.seed,
-    )
-    if recipe.precision == "bf16" and not processor_has_bf16():
-        raise RedepthError("precision bf16 asked for, but this processor has no bf16 matrix products; use auto or fp32")
-    bf16 = recipe.precision != "fp32" and processor_has_bf16()
-
-    if not torch.cuda.is_available():
-        keep_freed_memory()
-    model = RecurrentDepthForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    work = folder / WORK_FOLDER
-    work.mkdir(exist_ok=True)
-    settings = recipe.model_dump(mode="json")
-    begun = read_json(work / BEFORE_FILE)
-    if begun is None:
-        check_gradients(model, held_out[0])
-        before = _losses(model, held_out, recipe, bf16, "loss before", on_progress)
-        begun = {"recipe": settings, "loss_before": before}
-        write_json(work / BEFORE_FILE, begun)
-    elif begun["recipe"] != settings:
-        raise RedepthError(
-            f"{work} holds a run with another recipe; finish that one, or remove the folder to start over"
-        )
-
-    trainer = HealTrainer(
-        recipe,
-        on_progress,
-        model=model,
-        args=_training_arguments(recipe, work, bf16),
-        train_dataset=rows,
-        data_collator=default_data_collator,
-    )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
-
-    healed: RecurrentDepthForCausalLM = trainer.accelerator.unwrap_model(trainer.model)
-    after = _losses(healed, held_out, recipe, bf16, "loss after", on_progress)
-    healing = Healing(
-        data=recipe.data,
-        tokens=trainer.state.global_step * recipe.batch_size * recipe.sequence_length,
-        steps=trainer.state.global_step,
-        minutes=trainer.clock.elapsed / 60,
-        precision="bf16" if bf16 else "fp32",
-        seed=recipe.seed,
-        loss_before={int(depth): loss for depth, loss in begun["loss_before"].items()},
-        loss_after=after,
-    )
-    saved = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    _save(healed, folder, target, saved, healing, recipe)
-    return healing
-
-
-def _save(
-    model: RecurrentDepthForCausalLM,
-    folder: Path,
-    target: Path,
-    dtype: torch.dtype,
-    healing: Healing,
-    recipe: HealRecipe,
-) -> None:
-    """Write the healed checkpoint whole: the folder's other files, new weights, records and card."""
-    model.config.mean_recurrence = round(recipe.mean_recurrence)
-    model.config.mean_backprop_depth = recipe.backprop_depth
-    model.config.use_cache = True
-    with whole_folder(target, overwrite=target == folder) as beside:
-        for file in folder.iterdir():
-            if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json")):
-                shutil.copy2(file, beside / file.name)
-        model.to(dtype)  # type: ignore[arg-type]
-        model.save_pretrained(beside)
-        write_json(beside / HEALING_FILE, asdict(healing))
-        write_recipe(beside, read_recipe(folder) | {"heal": recipe.model_dump(mode="json")})
-        write_card(beside)
-    shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
+    except ImportError as error:
+        raise RedepthError(f"healing recipe: {' '.join(str(error).split())}") from None

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
@@ -29,7 +30,7 @@ from .decoding import cache_rule_for, choose_decoding, exit_policy
 from .depth import sample_num_steps, split_num_steps
 from .exits import ExitPolicy, ExitTest, Measure
 from .kinds import complete_config
-from .loss import chunked_cross_entropy
+from .loss import TokenLoss, chunked_cross_entropy, cross_entropy_of_tokens
 from .state import fresh_noise, position_noise
 
 logger = logging.get_logger(__name__)
@@ -119,6 +120,8 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        # Training: keep only the states between steps, and run each step again in the backward pass.
+        self.checkpoint_steps = False
         self.post_init()
 
     @classmethod
@@ -474,6 +477,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         loss_only: bool = False,
+        token_loss: TokenLoss = cross_entropy_of_tokens,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -496,6 +500,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             cache_rule: rule of a cache made by this call; see `RecurrentDepthCache`.
             logits_to_keep: how many last tokens get logits, 0 for all, or their indices.
             loss_only: with labels, compute the loss a few tokens at a time and return no logits.
+            token_loss: the loss of some tokens under `loss_only`; the cross-entropy by default.
 
         Raises:
             ValueError: for num_steps < 1, a mask that can't be honoured, or more tokens than `block_size`.
@@ -567,7 +572,10 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             for step in range(1, total_steps + 1):
                 with torch.no_grad() if step <= steps_without else nullcontext():
-                    state = self._step(embedded, state, context, step, record)
+                    if self.checkpoint_steps and torch.is_grad_enabled() and cache is None and record is None:
+                        state = checkpoint(self._step, embedded, state, context, step, use_reentrant=False)
+                    else:
+                        state = self._step(embedded, state, context, step, record)
         latent_states, hidden = self._leave(state, context, record, steps_run)
 
         logits = loss = None
@@ -575,7 +583,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             items = kwargs.get("num_items_in_batch")
             learned = self.lm_head.parameters()
             loss = chunked_cross_entropy(
-                hidden, labels, self._logits, self.config.vocab_size, items, parameters=learned
+                hidden, labels, self._logits, self.config.vocab_size, items, token_loss, parameters=learned
             )
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

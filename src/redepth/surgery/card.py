@@ -62,7 +62,9 @@ def _healing_section(healing: dict[str, Any] | None) -> str:
     ]
     return (
         f"Healed on {healing['tokens']:,} tokens of {healing['data']}. Held-out loss (nats per token) by number of steps "
-        "r:\n\n" + _table(["", *(f"r = {depth}" for depth in depths)], rows)
+        "r:\n\n"
+        + _table(["", *(f"r = {depth}" for depth in depths)], rows)
+        + _text_licences(healing.get("sources", []))
     )
 
 
@@ -80,6 +82,18 @@ def _depth_section(profile: dict[str, Any] | None) -> str:
         f"{profile['tokens']:,} tokens of {profile['data']}:\n\n"
         + _table(["", *(f"r = {depth}" for depth in depths)], rows)
     )
+
+
+def _text_licences(sources: list[dict[str, Any]]) -> str:
+    """What the model was healed on, source by source, with its licences."""
+
+    def told(licenses: dict[str, int | None]) -> str:
+        return ", ".join(
+            name if documents is None else f"{name} ({documents:,} documents)" for name, documents in licenses.items()
+        )
+
+    rows = {source["data"]: [f"`{source['data']}`", told(source["licenses"])] for source in sources}
+    return "\n\n" + _table(["training text", "licence"], list(rows.values())) if rows else ""
 
 
 def write_card(folder: Path) -> None:

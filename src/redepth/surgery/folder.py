@@ -40,6 +40,11 @@ def write_json(file: Path, content: Any) -> None:
     beside.replace(file)
 
 
+def write_jsonl(file: Path, records: list[dict[str, Any]]) -> None:
+    """One record a line."""
+    file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
 @contextmanager
 def whole_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder to write beside `out`, which takes its place when the block ends well and vanishes when it does not."""

@@ -1,0 +1,167 @@
+"""Which parameters train, and the optimiser that trains them."""
+
+import importlib.util
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.training_args import OptimizerNames
+
+from redepth.errors import RedepthError
+from redepth.modeling import RecurrentDepthForCausalLM
+
+from .recipe import HealRecipe
+
+MODULE_OF_GROUP = {"prelude": "prelude", "core": "core_block", "coda": "coda"}
+LAYER_MATRICES = ("Wqkv", "proj", "fc")
+# Package that a name in TrainingArguments.optim needs, by a part of the name; the first that fits counts.
+PACKAGE_OF_OPTIMIZER = {
+    "torch_8bit": "torchao",
+    "torch_4bit": "torchao",
+    "galore": "galore_torch",
+    "apollo": "apollo_torch",
+    "8bit": "bitsandbytes",
+    "32bit": "bitsandbytes",
+    "bnb": "bitsandbytes",
+    "ademamix": "bitsandbytes",
+    "adalomo": "lomo_optim",
+    "lomo": "lomo_optim",
+    "grokadamw": "grokadamw",
+    "schedule_free": "schedulefree",
+    "anyprecision": "torchdistx",
+    "stable_adamw": "optimi",
+}
+
+
+def set_trainable(model: RecurrentDepthForCausalLM, recipe: HealRecipe) -> nn.Module:
+    """Freeze what the recipe's `train` leaves out; with `lora`, wrap the model in PEFT's.
+
+    Raises:
+        RedepthError: for LoRA without the package peft, or on a group that has no layers.
+    """
+    if recipe.train == "lora":
+        return _with_lora(model, recipe)
+    if recipe.train != "all":
+        model.requires_grad_(False)
+        for part in recipe.train.split("+"):
+            model.transformer["core_block" if part == "core" else part].requires_grad_(True)
+    return model
+
+
+def _with_lora(model: RecurrentDepthForCausalLM, recipe: HealRecipe) -> nn.Module:
+    """LoRA (Hu et al. 2021) on the matrices of the chosen groups' layers, the adapter trained in full beside it."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise RedepthError("train: lora needs the package peft; run: pip install peft") from None
+    for group in recipe.lora_groups:
+        if not len(model.transformer[MODULE_OF_GROUP[group]]):  # type: ignore[arg-type]
+            raise RedepthError(f"lora_groups names {group!r}, but this model has no layers there")
+    groups = "|".join(MODULE_OF_GROUP[group] for group in recipe.lora_groups)
+    settings = LoraConfig(
+        r=recipe.lora_rank,
+        lora_alpha=recipe.lora_alpha,  # type: ignore[arg-type]
+        target_modules=rf"transformer\.({groups})\.\d+\.(attn|mlp)\.({'|'.join(LAYER_MATRICES)})",
+        modules_to_save=["adapter"],
+    )
+    torch.manual_seed(recipe.seed)  # of the random half of each update
+    return get_peft_model(model, settings)
+
+
+def without_lora(model: Any) -> RecurrentDepthForCausalLM:
+    """The plain model, its low-rank updates added to the weights."""
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+def trainer_optimizer_name(recipe: HealRecipe) -> str:
+    """The recipe's optimiser as `TrainingArguments.optim` names it; `muon` is built by `MuonWithAdamW` instead.
+
+    Raises:
+        RedepthError: for an unknown name, or one whose package is not installed.
+    """
+    if recipe.optimizer in ("adamw", "muon"):
+        return OptimizerNames.ADAMW_TORCH_FUSED.value
+    known = [name.value for name in OptimizerNames]
+    if recipe.optimizer not in known:
+        raise RedepthError(f"optimizer {recipe.optimizer!r} is unknown; use adamw, muon, or one of {', '.join(known)}")
+    package = next((package for part, package in PACKAGE_OF_OPTIMIZER.items() if part in recipe.optimizer), None)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise RedepthError(
+            f"optimizer {recipe.optimizer!r} needs the package {package}; install it, or use adamw or muon"
+        )
+    return recipe.optimizer
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon for the matrices inside the layers, AdamW for embeddings, head, norms and biases, saved as one.
+
+    Muon takes a step along the nearest orthogonal matrix to its momentum (Jordan et al. 2024), which only makes sense
+    for matrices that map hidden states to hidden states. `torch.optim` has both; this class holds their groups and
+    states in one place, so that schedulers, Trainer and checkpoints see an ordinary optimiser.
+
+    Args:
+        matrices: trained by Muon, two-dimensional.
+        others: trained by AdamW; `others_without_decay` as well, without weight decay.
+    """
+
+    def __init__(
+        self,
+        matrices: Iterable[nn.Parameter],
+        others: Iterable[nn.Parameter],
+        others_without_decay: Iterable[nn.Parameter],
+        learning_rate: float,
+        muon_learning_rate: float,
+        weight_decay: float,
+    ) -> None:
+        adamw_groups = [
+            {"params": list(others), "weight_decay": weight_decay},
+            {"params": list(others_without_decay), "weight_decay": 0.0},
+        ]
+        self._muon = torch.optim.Muon(list(matrices), lr=muon_learning_rate, weight_decay=weight_decay)
+        self._adamw = torch.optim.AdamW(adamw_groups, lr=learning_rate, fused=True)
+        groups = [group | {"kind": "muon"} for group in self._muon.param_groups]
+        groups += [group | {"kind": "adamw"} for group in self._adamw.param_groups]
+        super().__init__(groups, {})
+        self._share()
+
+    def _share(self) -> None:
+        """Let the two optimisers work on this one's groups and state."""
+        for kind, optimizer in (("muon", self._muon), ("adamw", self._adamw)):
+            optimizer.param_groups = [group for group in self.param_groups if group["kind"] == kind]
+            optimizer.state = self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def step(self, closure: Any = None) -> Any:
+        loss = self._muon.step(closure)
+        self._adamw.step()
+        return loss
+
+
+def is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter maps hidden states to hidden states; embedding and head do not."""
+    return parameter.ndim == 2 and not {"wte", "lm_head"}.intersection(name.split("."))
+
+
+def muon_with_adamw(model: nn.Module, recipe: HealRecipe, decays: set[str]) -> MuonWithAdamW:
+    """The composite optimiser for the model's trainable parameters; `decays` are the names that weight decay is for.
+
+    Raises:
+        RedepthError: where no matrix trains.
+    """
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if is_inner_matrix(name, parameter):
+            matrices.append(parameter)
+        else:
+            (others if name in decays else plain).append(parameter)
+    if not matrices:
+        raise RedepthError("optimizer 'muon' has no matrix to train; use adamw")
+    return MuonWithAdamW(matrices, others, plain, recipe.learning_rate, recipe.muon_learning_rate, recipe.weight_decay)

@@ -1,0 +1,248 @@
+"""Healing goes on: after kill -9, SIGTERM, a torn checkpoint, and with another number of processes."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import redepth
+from redepth.errors import RedepthError
+from redepth.healing import heal as heal_module
+from redepth.healing.checkpoints import damage, last_whole, seal, sweep
+from redepth.healing.heal import HealingInterrupted, heal
+from redepth.healing.recipe import HealRecipe, read_heal_recipe
+from redepth.healing.trainer import HealTrainer
+from tests.test_healing import SHORT, byte_tokenizer
+
+RUN = SHORT | {"max_steps": 30, "save_every": 2, "eval_every": 10, "batch_size": 8, "micro_batch_size": 8}
+
+
+@pytest.fixture(scope="module")
+def converted(zoo, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    shutil.copytree(zoo["llama"], folder / "source")
+    byte_tokenizer().save_pretrained(folder / "source")
+    redepth.convert(folder / "source", folder / "recurrent", core="2:4", state="noise")
+    return folder / "recurrent"
+
+
+@pytest.fixture
+def checkpoint(converted: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(converted, tmp_path / "recurrent"))
+
+
+def mixture(folder: Path) -> HealRecipe:
+    """Two sources of random letters; in rows of one letter no attention matters, and its gradients are rounding alone."""
+    letters = random.Random(0)
+    sources = []
+    for name, weight in (("a", 3), ("b", 1)):
+        texts = ["".join(letters.choices("abcdefgh", k=1 + 7 * number % 40)) for number in range(30)]
+        file = folder / f"{name}.jsonl"
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        sources.append({"data": str(file), "weight": weight})
+    return HealRecipe(**RUN | {"data": sources, "sequence_length": 8, "eval_rows": 2})
+
+
+def write_recipe(recipe: HealRecipe, file: Path) -> Path:
+    """JSON is YAML too."""
+    content = recipe.model_dump(mode="json", exclude_unset=True)
+    file.write_text(json.dumps({"heal": content}))
+    return file
+
+
+def start(checkpoint: Path, recipe: Path, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "redepth", "heal", str(checkpoint), "--recipe", str(recipe)]
+    return subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | environment
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def wait_for(process: subprocess.Popen[str], there: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 240
+    while not there():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def curve(folder: Path) -> list[dict[str, Any]]:
+    """Loss by step, and held-out losses."""
+    kept = ("step", "loss", "learning_rate", "grad_norm", "held_out_loss_r1", "held_out_loss_r4")
+    lines = (folder / "healing-log.jsonl").read_text().splitlines()
+    records = [{key: value for key, value in json.loads(line).items() if key in kept} for line in lines]
+    return [record for record in records if len(record) > 1]
+
+
+def assert_same_curve(first: Path, second: Path, rel: float = 0.0) -> None:
+    got, wanted = curve(first), curve(second)
+    assert len(got) == len(wanted)
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-6, rel=rel)
+
+
+@pytest.fixture(scope="module")
+def unbroken(converted: Path, tmp_path_factory) -> Path:
+    """The run that nothing interrupts, and its recipe: a mixture, from noise states."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    recipe = mixture(folder)
+    write_recipe(recipe, folder / "recipe.json")
+    heal(converted, recipe, out=folder / "out")
+    shutil.rmtree(converted / "healing", ignore_errors=True)
+    assert [record["step"] for record in curve(folder / "out")] == sorted([*range(1, 31), 10, 20, 30])
+    return folder
+
+
+class _Stop(Exception):
+    pass
+
+
+def run_to(checkpoint: Path, recipe: HealRecipe, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = HealTrainer.compute_loss
+
+    def stopped(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise _Stop
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(HealTrainer, "compute_loss", stopped)
+    with pytest.raises(_Stop):
+        heal(checkpoint, recipe)
+    monkeypatch.undo()
+
+
+def test_killed_run_follows_the_unbroken_one(unbroken: Path, checkpoint: Path) -> None:
+    """SIGKILL, twice: between checkpoints, and in the middle of writing one."""
+    recipe, work = unbroken / "recipe.json", checkpoint / "healing"
+    process = start(checkpoint, recipe)
+    wait_for(process, (work / "checkpoint-4" / "run.json").exists)
+    process.send_signal(signal.SIGKILL)
+    assert finish(process)[0] == -signal.SIGKILL
+    assert not (checkpoint / "healing.json").exists()
+    reached = max(int(folder.name.rpartition("-")[2]) for folder in work.glob("checkpoint-*"))
+    process = start(checkpoint, recipe)
+    ahead = reached + 2
+    wait_for(process, (work / f"checkpoint-{ahead}").exists)
+    process.send_signal(signal.SIGKILL)
+    assert finish(process)[0] == -signal.SIGKILL
+    heal(checkpoint, read_heal_recipe(recipe))
+    assert_same_curve(checkpoint, unbroken / "out")
+    first, second = (redepth.load(folder).state_dict() for folder in (checkpoint, unbroken / "out"))
+    assert max((first[name] - second[name]).abs().max().item() for name in first) < 1e-6
+
+
+def test_sigterm_saves_and_the_same_call_goes_on(
+    unbroken: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, whole = read_heal_recipe(unbroken / "recipe.json"), HealTrainer.compute_loss
+
+    def terminated(self, *args, **kwargs):
+        if self.state.global_step == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return whole(self, *args, **kwargs)
+
+    former = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(HealTrainer, "compute_loss", terminated)
+    with pytest.raises(HealingInterrupted, match="after step 5.*goes on") as stopped:
+        heal(checkpoint, recipe)
+    monkeypatch.undo()
+    assert stopped.value.exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) == former
+    assert damage(checkpoint / "healing" / "checkpoint-5") is None
+    heal(checkpoint, recipe)
+    assert_same_curve(checkpoint, unbroken / "out")
+
+
+def test_two_processes_follow_one_and_checkpoints_move_between_them(
+    unbroken: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process with 8 rows to step 3, two with 4 each to step 6 or later, one again; gloo on the CPU."""
+    recipe, work = read_heal_recipe(unbroken / "recipe.json"), checkpoint / "healing"
+    run_to(checkpoint, recipe, 3, monkeypatch)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    processes = [
+        start(checkpoint, unbroken / "recipe.json", RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in (0, 1)
+    ]
+    wait_for(processes[0], (work / "checkpoint-6" / "run.json").exists)
+    for process in processes:
+        process.kill()
+    assert [finish(process)[0] for process in processes] == [-signal.SIGKILL] * 2
+    assert list(work.glob("checkpoint-*/rng_state_1.pth"))
+    heal(checkpoint, recipe)
+    assert_same_curve(checkpoint, unbroken / "out", rel=1e-5)  # sums of other lengths round otherwise
+
+
+def test_torn_checkpoint_is_passed_over(unbroken: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = read_heal_recipe(unbroken / "recipe.json")
+    run_to(checkpoint, recipe, 7, monkeypatch)
+    work = checkpoint / "healing"
+    torn = work / "checkpoint-6" / "optimizer.pt"
+    torn.write_bytes(torn.read_bytes()[:1000])
+    records = []
+    heal(checkpoint, recipe, on_progress=records.append)
+    told = [record.remark for record in records if "passed over" in record.remark]
+    assert told == [told[0]] and "checkpoint-6 has 1,000 of the" in told[0] and "optimizer.pt" in told[0]
+    assert_same_curve(checkpoint, unbroken / "out")
+
+
+def test_what_counts_as_whole(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8):
+        folder = tmp_path / f"checkpoint-{step}"
+        (folder / "inner").mkdir(parents=True)
+        (folder / "inner" / "weights").write_bytes(b"12345")
+        if step != 8:
+            seal(folder, {"elapsed": 1.0})
+    (tmp_path / "checkpoint-6" / "inner" / "weights").unlink()
+    (tmp_path / "checkpoint-4" / "run.json").write_text('{"elapsed": 1.0, "fil')
+    told: list[str] = []
+    assert last_whole(tmp_path, told.append) == tmp_path / "checkpoint-2"
+    assert [line.partition(",")[0] for line in told] == [
+        "checkpoint-8 was not finished",
+        "checkpoint-6 lacks inner/weights",
+        "checkpoint-4 has an unreadable run.json",
+    ]
+    sweep(tmp_path)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
+def test_run_killed_after_its_last_step(unbroken: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = read_heal_recipe(unbroken / "recipe.json")
+
+    def stopped(*args: Any) -> None:
+        raise _Stop
+
+    monkeypatch.setattr(heal_module, "_save", stopped)
+    with pytest.raises(_Stop):
+        heal(checkpoint, recipe)
+    monkeypatch.undo()
+    healing = heal(checkpoint, recipe)
+    assert healing.steps == 30
+    assert_same_curve(checkpoint, unbroken / "out")
+    losses = json.loads((unbroken / "out" / "healing.json").read_text())["loss_after"]
+    assert healing.loss_after == pytest.approx({int(depth): loss for depth, loss in losses.items()}, abs=1e-6)
+
+
+def test_some_keys_may_change_on_the_way(unbroken: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = read_heal_recipe(unbroken / "recipe.json")
+    run_to(checkpoint, recipe, 3, monkeypatch)
+    with pytest.raises(RedepthError, match="another recipe, max_steps = 30"):
+        heal(checkpoint, recipe.model_copy(update={"max_steps": 40}))
+    heal(checkpoint, recipe.model_copy(update={"micro_batch_size": 2, "save_every": 100}))
+    got, wanted = curve(checkpoint), curve(unbroken / "out")
+    assert [record.get("loss") for record in got] == pytest.approx([r.get("loss") for r in wanted], abs=2e-2)
