@@ -69,7 +69,7 @@ def _flag_type(annotation: Any) -> Any:
     return str if listed is int or get_origin(listed) is Literal else None
 
 
-def _with_recipe_flags(command: Any) -> Any:
+def with_recipe_flags(command: Any) -> Any:
     """A flag for every key of the recipe, in place of the command's `**changes`."""
     parameters = list(inspect.signature(command).parameters.values())[:-1]
     for name, field in HealRecipe.model_fields.items():
@@ -89,7 +89,7 @@ def _with_recipe_flags(command: Any) -> Any:
     return command
 
 
-@_with_recipe_flags
+@with_recipe_flags
 def command(
     checkpoint: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a recurrent checkpoint.")],
     recipe: Annotated[Path | None, typer.Option(help="YAML file with a section 'heal'.")] = None,
