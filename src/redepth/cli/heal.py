@@ -1,6 +1,7 @@
 """redepth heal"""
 
 import inspect
+import os
 import types
 from dataclasses import asdict
 from pathlib import Path
@@ -110,6 +111,8 @@ def command(
     from redepth.healing.heal import heal, plan_healing
 
     settings = read_heal_recipe(recipe, **changes)
+    if os.environ.get("RANK", "0") != "0":
+        as_json, quiet = False, True  # one process speaks for all
     with progress_bar(quiet) as update:
         listen = listener(update, quiet)
         if dry_run:
