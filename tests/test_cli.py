@@ -45,7 +45,7 @@ def redepth_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     return run
 
 
-COMMANDS = ("convert", "verify", "inspect", "heal", "generate", "chat", "new")
+COMMANDS = ("convert", "verify", "inspect", "heal", "retrofit", "generate", "chat", "new")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

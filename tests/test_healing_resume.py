@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import redepth
 from redepth.errors import RedepthError
@@ -22,6 +23,8 @@ from redepth.healing.checkpoints import damage, last_whole, seal, sweep
 from redepth.healing.heal import HealingInterrupted, heal
 from redepth.healing.recipe import HealRecipe, read_heal_recipe
 from redepth.healing.trainer import HealTrainer
+from redepth.presets import preset_config
+from redepth.surgery.create import create
 from tests.test_healing import SHORT, byte_tokenizer
 
 RUN = SHORT | {"max_steps": 30, "save_every": 2, "eval_every": 10, "batch_size": 8, "micro_batch_size": 8}
@@ -60,11 +63,18 @@ def write_recipe(recipe: HealRecipe, file: Path) -> Path:
     return file
 
 
-def start(checkpoint: Path, recipe: Path, **environment: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "redepth", "heal", str(checkpoint), "--recipe", str(recipe)]
+def start(checkpoint: Path, recipe: Path, module: str = "redepth", **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", module, "heal", str(checkpoint), "--recipe", str(recipe)]
     return subprocess.Popen(
         command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | environment
     )
+
+
+def start_two(checkpoint: Path, recipe: Path, **options: str) -> list[subprocess.Popen[str]]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    return [start(checkpoint, recipe, RANK=rank, LOCAL_RANK=rank, **shared | options) for rank in "01"]
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
@@ -88,11 +98,17 @@ def curve(folder: Path) -> list[dict[str, Any]]:
     return [record for record in records if len(record) > 1]
 
 
-def assert_same_curve(first: Path, second: Path, rel: float = 0.0) -> None:
+def assert_same_curve(first: Path, second: Path) -> None:
     got, wanted = curve(first), curve(second)
     assert len(got) == len(wanted)
     for ours, theirs in zip(got, wanted, strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-6, rel=rel)
+        assert ours == pytest.approx(theirs, abs=1e-6)
+
+
+def assert_same_losses(first: Path, second: Path) -> None:
+    """The losses alone: other batch shapes round otherwise, and Adam makes steps of what is rounding in a gradient."""
+    got, wanted = ([record["loss"] for record in curve(folder) if "loss" in record] for folder in (first, second))
+    assert got == pytest.approx(wanted, abs=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -173,19 +189,14 @@ def test_two_processes_follow_one_and_checkpoints_move_between_them(
     """One process with 8 rows to step 3, two with 4 each to step 6 or later, one again; gloo on the CPU."""
     recipe, work = read_heal_recipe(unbroken / "recipe.json"), checkpoint / "healing"
     run_to(checkpoint, recipe, 3, monkeypatch)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-    processes = [
-        start(checkpoint, unbroken / "recipe.json", RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in (0, 1)
-    ]
+    processes = start_two(checkpoint, unbroken / "recipe.json")
     wait_for(processes[0], (work / "checkpoint-6" / "run.json").exists)
     for process in processes:
         process.kill()
     assert [finish(process)[0] for process in processes] == [-signal.SIGKILL] * 2
     assert list(work.glob("checkpoint-*/rng_state_1.pth"))
     heal(checkpoint, recipe)
-    assert_same_curve(checkpoint, unbroken / "out", rel=1e-5)  # sums of other lengths round otherwise
+    assert_same_losses(checkpoint, unbroken / "out")
 
 
 def test_torn_checkpoint_is_passed_over(unbroken: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,5 +255,36 @@ def test_some_keys_may_change_on_the_way(unbroken: Path, checkpoint: Path, monke
     with pytest.raises(RedepthError, match="another recipe, max_steps = 30"):
         heal(checkpoint, recipe.model_copy(update={"max_steps": 40}))
     heal(checkpoint, recipe.model_copy(update={"micro_batch_size": 2, "save_every": 100}))
-    got, wanted = curve(checkpoint), curve(unbroken / "out")
-    assert [record.get("loss") for record in got] == pytest.approx([r.get("loss") for r in wanted], abs=2e-2)
+    assert_same_losses(checkpoint, unbroken / "out")
+
+
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "Block",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+}
+
+
+@pytest.mark.slow
+def test_fsdp2_follows_one_process_and_resumes(tmp_path: Path) -> None:
+    """Sharded weights, optimiser and checkpoints; killed on the way."""
+    fresh = tmp_path / "fresh"
+    create(preset_config("nano", vocab_size=128), fresh, byte_tokenizer(), torch.float32)
+    recipe = mixture(tmp_path, **RUN)
+    file = write_recipe(recipe, tmp_path / "recipe.json")
+    heal(fresh, recipe, out=tmp_path / "one")
+    processes = start_two(fresh, file, module="tests.fsdp_on_cpu", **FSDP)
+    wait_for(processes[0], (fresh / "healing" / "checkpoint-4" / "run.json").exists)
+    for process in processes:
+        process.kill()
+    assert [finish(process)[0] for process in processes] == [-signal.SIGKILL] * 2
+    assert list((fresh / "healing").glob("checkpoint-*/optimizer_0/__1_0.distcp"))
+    processes = start_two(fresh, file, module="tests.fsdp_on_cpu", **FSDP)
+    for process in processes:
+        code, _, err = finish(process)
+        assert code == 0, err
+    assert_same_losses(fresh, tmp_path / "one")
+    after = [json.loads((folder / "healing.json").read_text())["loss_after"] for folder in (fresh, tmp_path / "one")]
+    assert after[0] == pytest.approx(after[1], abs=5e-3)

@@ -1,6 +1,7 @@
 """redepth heal"""
 
 import inspect
+import os
 import types
 from dataclasses import asdict
 from pathlib import Path
@@ -69,7 +70,7 @@ def _flag_type(annotation: Any) -> Any:
     return str if listed is int or get_origin(listed) is Literal else None
 
 
-def _with_recipe_flags(command: Any) -> Any:
+def with_recipe_flags(command: Any) -> Any:
     """A flag for every key of the recipe, in place of the command's `**changes`."""
     parameters = list(inspect.signature(command).parameters.values())[:-1]
     for name, field in HealRecipe.model_fields.items():
@@ -89,7 +90,7 @@ def _with_recipe_flags(command: Any) -> Any:
     return command
 
 
-@_with_recipe_flags
+@with_recipe_flags
 def command(
     checkpoint: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a recurrent checkpoint.")],
     recipe: Annotated[Path | None, typer.Option(help="YAML file with a section 'heal'.")] = None,
@@ -110,6 +111,8 @@ def command(
     from redepth.healing.heal import heal, plan_healing
 
     settings = read_heal_recipe(recipe, **changes)
+    if os.environ.get("RANK", "0") != "0":
+        as_json, quiet = False, True  # one process speaks for all
     with progress_bar(quiet) as update:
         listen = listener(update, quiet)
         if dry_run:

@@ -42,8 +42,12 @@ def depth_of_step(recipe: HealRecipe, global_step: int, progress: float) -> tupl
 
     The draw is seeded by the global step, so that every process and every resumed run draws the same.
     """
+    mean, with_gradient = mean_recurrence(recipe, progress), backprop_depth(recipe, progress)
+    if recipe.depth_sampling == "fixed":
+        steps = round(mean)
+        return max(steps - with_gradient, 0), min(steps, with_gradient)
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + global_step)
-    return sample_num_steps(mean_recurrence(recipe, progress), backprop_depth(recipe, progress), generator)
+    return sample_num_steps(mean, with_gradient, generator)
 
 
 def learning_rate_factor(recipe: HealRecipe, progress: float) -> float:

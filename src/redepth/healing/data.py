@@ -35,7 +35,8 @@ def open_text(spec: str, column: str = "text") -> IterableDataset:
     """A stream of documents, each with one key, `text`.
 
     Args:
-        spec: `python-docs`, a .txt (one document), .jsonl or .parquet file, or a `datasets` id.
+        spec: `python-docs`, a .txt (one document), .jsonl or .parquet file, or a `datasets` id, with `:subset` where it
+            has several.
         column: where jsonl, parquet and hub data keep the text.
 
     Raises:
@@ -59,7 +60,8 @@ def open_text(spec: str, column: str = "text") -> IterableDataset:
         raise RedepthError(f"data {spec!r} is not one of {', '.join(BUILDERS)}; give such a file or a datasets id")
     else:
         try:
-            stream = load_dataset(spec, split="train", streaming=True)
+            name, _, subset = spec.partition(":")
+            stream = load_dataset(name, subset or None, split="train", streaming=True)
         except Exception as error:  # datasets raises its own and the hub's kinds alike
             raise RedepthError(
                 f"data {spec!r} is no local file and could not be loaded by datasets: {first_line(error)}"

@@ -29,7 +29,7 @@ from .checkpoints import last_whole, sweep
 from .data import licenses_of, training_and_held_out
 from .distillation import open_teacher
 from .memory import keep_freed_memory
-from .optim import set_trainable, without_lora
+from .optim import set_trainable
 from .preflight import Preflight, preflight
 from .recipe import HealRecipe
 from .trainer import HealTrainer, Progress, processor_has_bf16, training_arguments, use_memory_savers
@@ -244,8 +244,9 @@ def heal(
         loss_before={int(depth): loss for depth, loss in begun["loss_before"].items()},
         loss_after=after,
     )
+    model = trainer.whole_model()
     if trainer.args.process_index == 0:
-        _save(prepared, folder, target, healing, recipe)
+        _save(model.to(prepared.dtype), folder, target, healing, recipe, trainer.state.log_history)  # type: ignore[arg-type]
     trainer.accelerator.wait_for_everyone()
     return healing
 
@@ -263,10 +264,15 @@ def _sources(recipe: HealRecipe) -> list[dict[str, Any]]:
     ]
 
 
-def _save(prepared: _Prepared, folder: Path, target: Path, healing: Healing, recipe: HealRecipe) -> None:
+def _save(
+    model: RecurrentDepthForCausalLM,
+    folder: Path,
+    target: Path,
+    healing: Healing,
+    recipe: HealRecipe,
+    curve: list[dict[str, Any]],
+) -> None:
     """Write the healed checkpoint whole: the folder's other files, new weights, records and card."""
-    trainer = prepared.trainer
-    model = without_lora(trainer.accelerator.unwrap_model(trainer.model))
     model.config.mean_recurrence = round(recipe.mean_recurrence)
     model.config.mean_backprop_depth = recipe.backprop_depth
     model.config.use_cache = True
@@ -276,10 +282,9 @@ def _save(prepared: _Prepared, folder: Path, target: Path, healing: Healing, rec
         for file in folder.iterdir():
             if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json")):
                 shutil.copy2(file, beside / file.name)
-        model.to(prepared.dtype)  # type: ignore[arg-type]
         model.save_pretrained(beside)
         write_json(beside / HEALING_FILE, asdict(healing))
-        write_jsonl(beside / LOG_FILE, trainer.state.log_history)
+        write_jsonl(beside / LOG_FILE, curve)
         if (work / "runs").is_dir():
             shutil.copytree(work / "runs", beside / "runs")
         write_recipe(beside, read_recipe(folder) | {"heal": recipe.model_dump(mode="json")})

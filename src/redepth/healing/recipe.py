@@ -69,6 +69,9 @@ class HealRecipe(BaseModel):
     decay: float = Field(0.3, ge=0, le=1, description="share of the run over which the rate falls")
 
     mean_recurrence: float = Field(4.0, ge=1, description="mean of the sampled number of steps at the end")
+    depth_sampling: Literal["log-normal-poisson", "fixed"] = Field(
+        "log-normal-poisson", description="how a step's depth is drawn around the mean; fixed runs the mean itself"
+    )
     curriculum: Curve = Field("one-minus-sqrt", description="how the mean gets there: constant, linear, one-minus-sqrt")
     curriculum_start: float = Field(1.0, ge=1, description="the mean at the start")
     curriculum_fraction: float = Field(0.5, gt=0, le=1, description="share of the run that the way takes")

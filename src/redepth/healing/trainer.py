@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import is_tensorboard_available
 from transformers.trainer import TRAINER_STATE_NAME
@@ -27,7 +29,7 @@ from .curriculum import depth_of_step, learning_rate_factor, mean_recurrence
 from .data import TrainingRows
 from .distillation import Teacher
 from .guard import SpikeGuard
-from .optim import muon_with_adamw, trainer_optimizer_name
+from .optim import muon_with_adamw, trainer_optimizer_name, without_lora
 from .recipe import HealRecipe
 
 
@@ -245,6 +247,10 @@ class HealTrainer(Trainer):
     def held_out_losses(self, on_row: Callable[[int, int], None] | None = None) -> dict[int, float]:
         """Loss on the held-out rows after each of the recipe's `eval_depths`."""
         model = self.plain_model()
+        if isinstance(model, FSDPModule):
+            # Sharded weights are gathered for forward() alone unless told otherwise.
+            for step_call in ("embed_inputs", "iterate_one_step", "predict_from_latents"):
+                register_fsdp_forward_method(model, step_call)
         with torch.autocast(self.args.device.type, dtype=torch.bfloat16, enabled=self.args.bf16):
             return loss_by_depth(
                 model, self.held_out, self.recipe.eval_depths, self.recipe.micro_batch_size, on_row=on_row
@@ -254,6 +260,19 @@ class HealTrainer(Trainer):
         """The recurrent model itself, inside what PEFT and accelerate wrapped around it."""
         model: Any = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def whole_model(self) -> RecurrentDepthForCausalLM:
+        """The trained model with all its weights, LoRA merged into them. Every process must call it."""
+        if not self.is_fsdp_enabled:
+            return without_lora(self.accelerator.unwrap_model(self.model))
+        weights = get_model_state_dict(
+            self.accelerator.unwrap_model(self.model),
+            options=StateDictOptions(full_state_dict=True, cpu_offload=True),
+        )
+        model = RecurrentDepthForCausalLM(self.plain_model().config)
+        if self.args.should_save:  # the others are given nothing
+            model.load_state_dict(weights)
+        return model
 
     def say(self, remark: str) -> None:
         self.on_progress(Progress("training", self.clock.progress, self.state.global_step, remark=remark))

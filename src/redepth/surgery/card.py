@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoConfig
 
-from .folder import HEALING_FILE, VERIFICATION_FILE, read_json, read_recipe
+from .folder import EVALUATION_FILE, HEALING_FILE, VERIFICATION_FILE, read_json, read_recipe
 
 USAGE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -84,6 +84,15 @@ def _depth_section(profile: dict[str, Any] | None) -> str:
     )
 
 
+def _evaluation_section(evaluation: dict[str, Any]) -> str:
+    rows = [[f"r = {depth}", f"{loss:.3f}"] for depth, loss in evaluation["loss"].items()]
+    if evaluation["source_loss"] is not None:
+        rows.append(["the source", f"{evaluation['source_loss']:.3f}"])
+    return f"Loss on {evaluation['tokens']:,} tokens, {evaluation['data']}, in nats per token:\n\n" + _table(
+        ["steps", "loss"], rows
+    )
+
+
 def _text_licences(sources: list[dict[str, Any]]) -> str:
     """What the model was healed on, source by source, with its licences."""
 
@@ -126,4 +135,7 @@ def write_card(folder: Path) -> None:
         "## Depth\n\n" + _depth_section(config.depth_profile),
         f"## Licence\n\nThe source's: {licence}.",
     ]
+    evaluation = read_json(folder / EVALUATION_FILE)
+    if evaluation is not None:
+        sections.insert(-1, "## Evaluation\n\n" + _evaluation_section(evaluation))
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n").save(folder / "README.md")

@@ -16,6 +16,7 @@ from redepth.errors import RedepthError
 RECIPE_FILE = "recipe.yaml"
 VERIFICATION_FILE = "verification.json"
 HEALING_FILE = "healing.json"
+EVALUATION_FILE = "evaluation.json"
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:

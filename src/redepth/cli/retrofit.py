@@ -1,0 +1,39 @@
+"""redepth retrofit"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .console import AsJson, Quiet, hush_libraries, loss_table, print_json, progress_bar, results
+from .heal import listener, show_preflight, with_recipe_flags
+
+
+@with_recipe_flags
+def command(
+    recipe: Annotated[Path, typer.Argument(help="YAML file with sections convert, heal, calibrate and evaluate.")],
+    out: Annotated[Path | None, typer.Argument(help="Folder to write; the recipe's name by default.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    **changes: Any,
+) -> None:
+    """Convert, verify, heal, calibrate and evaluate by one recipe.
+
+    Parts that are done are not done again, and an interrupted healing goes on. Flags go over the section heal.
+
+    Example: redepth retrofit recipes/smollm2-135m-2core.yaml ./smollm2-retrofit
+    """
+    hush_libraries()
+    from redepth.retrofit import read_retrofit_recipe, retrofit
+
+    settings = read_retrofit_recipe(recipe, **changes)
+    with progress_bar(quiet) as update:
+        shown = None if quiet or as_json else show_preflight
+        evaluation = retrofit(settings, out or Path(recipe.stem), listener(update, quiet), shown)
+    if as_json:
+        print_json(asdict(evaluation))
+    elif not quiet:
+        source = "" if evaluation.source_loss is None else f"; the source has {evaluation.source_loss:.3f}"
+        title = f"held-out loss in nats per token, {evaluation.tokens:,} tokens{source}"
+        results.print(loss_table(title, {"retrofit": evaluation.loss}))

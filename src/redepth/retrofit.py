@@ -1,0 +1,171 @@
+"""A retrofit: convert, heal, calibrate and evaluate as one recipe, each part done once."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from redepth.errors import RedepthError
+from redepth.evaluation.calibrate import calibrate
+from redepth.evaluation.held_out import Evaluation, evaluate_held_out
+from redepth.healing.data import PYTHON_DOCS, training_and_held_out
+from redepth.healing.heal import heal
+from redepth.healing.preflight import Preflight
+from redepth.healing.recipe import HealRecipe, fill, read_yaml
+from redepth.healing.trainer import Progress
+from redepth.loading import load_tokenizer, read_config
+from redepth.surgery.card import write_card
+from redepth.surgery.convert import DEFAULT_ADAPTER, DEFAULT_STATE, plan_conversion
+from redepth.surgery.folder import (
+    EVALUATION_FILE,
+    HEALING_FILE,
+    VERIFICATION_FILE,
+    read_json,
+    read_recipe,
+    write_json,
+)
+from redepth.surgery.verify import verify
+
+# Written by redepth into a checkpoint's recipe.yaml, which is a recipe itself.
+RECORDS = {"source", "made_with"}
+SECTIONS = {"convert", "heal", "calibrate", "evaluate"}
+
+
+class ConvertRecipe(BaseModel):
+    """The section `convert`: the arguments of `redepth.convert`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str
+    prelude: str | None = None
+    core: str | None = None
+    coda: str | None = None
+    adapter: str = DEFAULT_ADAPTER
+    state: str = DEFAULT_STATE
+    dtype: str | None = None
+    tie: bool | None = None
+    seed: int = 0
+
+
+class EvaluateRecipe(BaseModel):
+    """The section `evaluate`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    depths: tuple[int, ...] = Field((1, 2, 4, 8, 16, 32), description="numbers of steps")
+    rows: int | None = Field(None, ge=1, description="held-out rows; the healing's by default")
+
+
+class CalibrateRecipe(BaseModel):
+    """The section `calibrate`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    most_steps: int | None = Field(None, ge=2, description="the deepest r; twice the trained depth by default")
+    rows: int = Field(8, ge=1, description="of the healing's held-out rows, at most")
+
+
+@dataclass(frozen=True)
+class RetrofitRecipe:
+    convert: ConvertRecipe
+    heal: HealRecipe
+    calibrate: CalibrateRecipe
+    evaluate: EvaluateRecipe
+
+
+def read_retrofit_recipe(file: str | Path, **changes: Any) -> RetrofitRecipe:
+    """A recipe file's sections, with `changes` (those that are not None) laid over `heal`.
+
+    Raises:
+        RedepthError: for a missing file or section, an unknown section or key, or a value that does not fit.
+    """
+    content = read_yaml(file)
+    unknown = set(content) - SECTIONS - RECORDS
+    if unknown:
+        raise RedepthError(f"recipe {file} has an unknown section {min(unknown)!r}; use {', '.join(sorted(SECTIONS))}")
+    for section in ("convert", "heal"):
+        if not isinstance(content.get(section), dict):
+            raise RedepthError(f"recipe {file} has no section {section!r}")
+    healing = content["heal"] | {key: value for key, value in changes.items() if value is not None}
+    if changes.get("data") is not None:
+        healing.pop("phases", None)
+    return RetrofitRecipe(
+        fill(ConvertRecipe, content["convert"], f"{file}: convert"),
+        fill(HealRecipe, healing, f"{file}: heal"),
+        fill(CalibrateRecipe, content.get("calibrate") or {}, f"{file}: calibrate"),
+        fill(EvaluateRecipe, content.get("evaluate") or {}, f"{file}: evaluate"),
+    )
+
+
+def retrofit(
+    recipe: RetrofitRecipe,
+    out: str | Path,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_preflight: Callable[[Preflight], None] | None = None,
+) -> Evaluation:
+    """Convert, verify, heal, calibrate and evaluate into `out`; what is there from an earlier call is not done again.
+
+    Raises:
+        RedepthError: where a part fails, or `out` holds what another recipe made.
+    """
+    folder = Path(out)
+    tell = on_progress or (lambda record: None)
+    _convert(recipe.convert, folder, tell)
+    if not (folder / HEALING_FILE).exists():
+        heal(folder, recipe.heal, on_progress=tell, on_preflight=on_preflight)
+    elif read_recipe(folder).get("heal") != recipe.heal.model_dump(mode="json"):
+        raise RedepthError(f"{folder} was healed by another recipe; give another folder")
+    if read_config(folder)[0].depth_profile is None:
+        _calibrate(recipe, folder, tell)
+    return _evaluate(recipe, folder, tell)
+
+
+def _convert(recipe: ConvertRecipe, folder: Path, tell: Callable[[Progress], None]) -> None:
+    conversion = plan_conversion(**recipe.model_dump())
+    if not (folder / "config.json").exists():
+        conversion.write(folder, on_tensor=lambda done, total: tell(Progress("convert", done / total)))
+    elif read_recipe(folder).get("convert") != conversion.recipe()["convert"]:
+        raise RedepthError(f"{folder} holds another conversion; give another folder")
+    if not (folder / VERIFICATION_FILE).exists():
+        tell(Progress("verify", 0.0))
+        if not verify(folder, conversion.source).passed:
+            (folder / VERIFICATION_FILE).unlink()
+            raise RedepthError(f"{folder} does not pass verification; redepth verify {folder} shows the figures")
+        tell(Progress("verify", 1.0))
+
+
+def _calibrate(recipe: RetrofitRecipe, folder: Path, tell: Callable[[Progress], None]) -> None:
+    _, held_out = training_and_held_out(load_tokenizer(folder), recipe.heal)
+    calibrate(
+        folder,
+        held_out[: recipe.calibrate.rows],
+        recipe.heal.validation or f"held-out documents of {recipe.heal.data_names}",
+        recipe.calibrate.most_steps,
+        on_row=lambda number, total: tell(Progress("calibrate", number / total)),
+    )
+
+
+def _evaluate(recipe: RetrofitRecipe, folder: Path, tell: Callable[[Progress], None]) -> Evaluation:
+    wanted, healing = recipe.evaluate, recipe.heal
+    rows = wanted.rows or healing.eval_rows
+    if rows > healing.eval_rows and healing.validation is None and healing.data_names != PYTHON_DOCS:
+        raise RedepthError(
+            f"evaluate: rows = {rows} would reach into the training text, of which {healing.eval_rows} rows are held "
+            "out; name held-out text with heal's validation"
+        )
+    done = read_json(folder / EVALUATION_FILE)
+    if done is not None and done["rows"] == rows and set(done["loss"]) == set(map(str, wanted.depths)):
+        return Evaluation(**done | {"loss": {int(depth): loss for depth, loss in done["loss"].items()}})
+    _, held_out = training_and_held_out(load_tokenizer(folder), healing.model_copy(update={"eval_rows": rows}))
+    evaluation = evaluate_held_out(
+        folder,
+        held_out,
+        healing.validation or f"held-out documents of {healing.data_names}",
+        wanted.depths,
+        on_row=lambda number, total: tell(Progress("evaluate", number / total)),
+    )
+    write_json(folder / EVALUATION_FILE, asdict(evaluation))
+    write_card(folder)
+    return evaluation
