@@ -16,6 +16,8 @@ from .scan import linear_scan
 
 # exponent of the decay: a = σ(Λ)^(c · gate), Griffin's equation 3
 DECAY_POWER = 8.0
+# fan-in variance of fresh gates and convolutions, RecurrentGemma's `w_init_variance_scale`
+GATE_VARIANCE = 0.01
 # largest slope of the square root in the input's normalisation
 MAX_ROOT_SLOPE = 1000.0
 

@@ -82,7 +82,7 @@ def compare(name: str, num_steps: int, wanted: torch.Tensor, got: torch.Tensor, 
 
 def sample_tokens(source: Source, length: int = TOKENS) -> tuple[torch.Tensor, str]:
     """Real text for the comparison, `[ROWS, length]`, and what it is; seeded tokens where there is no tokenizer."""
-    length = min(length, source.config.max_position_embeddings)
+    length = min(length, getattr(source.config, "max_position_embeddings", length))
     tokenizer = source.tokenizer
     if tokenizer is None:
         generator = torch.Generator().manual_seed(0)
