@@ -152,6 +152,10 @@ def test_output_folder_is_complete(zoo, tmp_path: Path) -> None:
         "kinds.py",
         "loss.py",
         "model.py",
+        "recurrent_slots.py",
+        "recurrent_state.py",
+        "rg_lru.py",
+        "scan.py",
         "state.py",
     }
     records = {"README.md", "config.json", "generation_config.json", "model.safetensors", "recipe.yaml"}

@@ -137,6 +137,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
         }
         self.init_values = published_start | (self.init_values or {})
         super().__post_init__(**kwargs)
+        self.validate_architecture()
 
     @property
     def embed_scale(self) -> float:
@@ -158,7 +159,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
         return self.rope_layers[layer] if self.rope_layers is not None else True
 
     def validate_architecture(self) -> None:
-        """Called by transformers on construction; raises ValueError on a config that no model can have."""
+        """Raise ValueError for a config that no model can have; transformers calls it again before it saves."""
         if self.n_layers_in_recurrent_block < 1:
             raise ValueError(
                 f"n_layers_in_recurrent_block is {self.n_layers_in_recurrent_block}, but the core needs at least 1 layer"

@@ -182,6 +182,8 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                 self._check_adaptive(None, rule, False)
                 rule = "latest"
             model_kwargs["past_key_values"] = RecurrentDepthCache(self.config, rule)
+            if generation_config.is_assistant:
+                model_kwargs["past_key_values"].activate_past_recording()
 
     def _context(
         self,

@@ -97,7 +97,10 @@ def _cut(model: Any, plan: Plan) -> Any:
     layers = model.model.layers
     model.model.layers = torch.nn.ModuleList(layers[layer] for layer in plan.layers)
     config = model.model.config
-    if getattr(config, "layer_types", None) is not None:
+    if getattr(config, "block_types", None) is not None:
+        # A pattern that repeats, from which RecurrentGemma's config derives its layer types.
+        config.block_types = [config.block_types[layer % len(config.block_types)] for layer in plan.layers]
+    elif getattr(config, "layer_types", None) is not None:
         config.layer_types = [config.layer_types[layer] for layer in plan.layers]
     config.num_hidden_layers = len(plan.layers)
     return model
