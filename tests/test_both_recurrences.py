@@ -8,6 +8,7 @@ import torch
 
 import redepth
 from redepth import RecurrentDepthCache, RecurrentDepthConfig, RecurrentDepthForCausalLM
+from redepth.analysis.inspect import cache_bytes_per_token, recurrent_bytes
 from redepth.errors import RedepthError
 from redepth.healing.recipe import HealRecipe
 from redepth.healing.trainer import heal
@@ -156,6 +157,16 @@ def test_states_do_not_grow_with_the_text(models) -> None:
     layers, width, taps = 2 + 2 * 3 + 2, model.config.lru_width, model.config.conv1d_width
     # One state and the convolution's last inputs for each layer of each step, and no keys at all.
     assert set(sizes) == {layers * width * taps * 4}
+    assert (recurrent_bytes(model.config, 3), cache_bytes_per_token(model.config, 3)) == (sizes[0], 0)
+
+
+@pytest.mark.parametrize("rule", ["full", "ring-2"])
+def test_memory_is_predicted(model, rule: str) -> None:
+    cache = RecurrentDepthCache(model.config, rule)
+    with torch.no_grad():
+        model(random_ids(2, 9), num_steps=5, past_key_values=cache)
+    predicted = 2 * (recurrent_bytes(model.config, 5, rule) + 9 * cache_bytes_per_token(model.config, 5, rule))
+    assert cache.memory_bytes() == predicted
 
 
 def test_a_second_document_beside_a_cache_or_a_mask_is_refused(models) -> None:
@@ -169,6 +180,7 @@ def test_a_second_document_beside_a_cache_or_a_mask_is_refused(models) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"n_layers_in_recurrent_block": 0}, "the core needs at least 1 layer"),
         ({"lru_width": 25}, r"lru_width \(25\) is not a multiple of n_heads \(4\)"),
         ({"conv1d_width": 0}, "conv1d_width is 0"),
         ({"layer_types": ["linear_attention"] * 3}, "3 entries, but the model has 4"),
