@@ -349,7 +349,7 @@ def convert(
     Tensors are read, fused and written one at a time; memory stays near one shard.
 
     Args:
-        source: hub id, local folder, `.gguf` file or built-in name.
+        source: hub id, local folder, `.gguf` or `.pt` file, or built-in name.
         out: folder to write; must not exist unless `overwrite`.
         prelude, core, coda: source layers as Python slices, such as `"0:10"`. Without them every layer is kept and
             the middle fifth is the core; with a core alone, what is before and after it.
