@@ -3,7 +3,6 @@
 Shapes: B batch, T new tokens, R width of the recurrence, C taps of the convolution.
 """
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -135,8 +134,7 @@ class RecurrentSlots:
         self._timeline = timeline
         # Where no token has come this deep, all of them stand as at the deepest step that there is.
         found = next((self.memories[layer, p] for p in range(place, -1, -1) if (layer, p) in self.memories), None)
-        memory = copy.copy(found) if found is not None else RecurrentLayer(self.taps)
-        memory.record_past = self.recording
+        memory = (found or RecurrentLayer(self.taps)).fork(self.recording)
         self._next[layer, place] = memory
         return memory
 
@@ -154,8 +152,7 @@ class RecurrentSlots:
         for (layer, place), memory in self.memories.items():
             if (layer, place) in self._next or layer not in self._written:
                 continue
-            written, moved = self._written[layer], copy.copy(memory)
-            moved.record_past = self.recording
+            written, moved = self._written[layer], memory.fork(self.recording)
             moved.with_inputs(written.inputs, self._timeline.input_order)
             scan_on(written.added, written.decay, self._timeline, moved)
             self._next[layer, place] = moved

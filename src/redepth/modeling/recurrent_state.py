@@ -37,6 +37,12 @@ class RecurrentLayer:
         self.record_past = False
         self.reset()
 
+    def fork(self, record_past: bool) -> "RecurrentLayer":
+        """Another memory that goes on from here; nothing is written in place, so the two share what they have."""
+        other = RecurrentLayer(self.kept_inputs + 1)
+        other.record_past, other.inputs, other.states = record_past, self.inputs, self.states
+        return other
+
     def reset(self) -> None:
         self.inputs: torch.Tensor | None = None  # [B, C - 1 + recorded, R]
         self.states: torch.Tensor | None = None  # [B, 1 + recorded, R], the present one last

@@ -100,7 +100,7 @@ class DeepMindSource(Source):
         return found
 
     @cached_property
-    def config(self) -> RecurrentGemmaConfig:  # type: ignore[override]
+    def config(self) -> RecurrentGemmaConfig:
         stored = self._stored
         num_layers = 1 + max(int(match.group(1)) for match in map(LAYER.fullmatch, stored) if match is not None)
         types = [
