@@ -169,6 +169,8 @@ def slow_decode(model, ids: torch.Tensor, depths: list[int], rule: str) -> torch
                 memory.store_states(linear_scan_reference(written.added, written.decay, memory.state())[0])
             return memory
 
+        stands_in = True
+
         @property
         def recurrent_slots(self):
             return self

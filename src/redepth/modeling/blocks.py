@@ -199,17 +199,19 @@ class Recurrence(RecurrentBlock):
         assert columns is not None
         if context.some is not None:
             return self._mix_some(x, context, context.some, step)
-        gate = self.act_fn(self.linear_y(x))
         timeline = columns.timeline
+        memory = cache.recurrent_memory(self.layer_idx, step, timeline) if cache is not None else None
+        if cache is None or not cache.recurrent_slots.stands_in:
+            x = super().forward(align_right(x, columns.order, dim=1), timeline, memory)
+            return align_right(x, columns.restore, dim=1)
+        gate = self.act_fn(self.linear_y(x))
         inputs = align_right(self.linear_x(x), columns.order, dim=1)
         if timeline.real is not None:
             inputs = inputs * timeline.real[..., None]
-        memory = cache.recurrent_memory(self.layer_idx, step, timeline) if cache is not None else None
         mixed = self.convolve(self.with_past(inputs, timeline, memory), timeline)
         added, decay = self.rg_lru.gated(mixed, timeline)
         h = scan_on(added, decay, timeline, memory)
-        if cache is not None:
-            cache.recurrent_slots.write(self.layer_idx, Written(inputs, added, decay))
+        cache.recurrent_slots.write(self.layer_idx, Written(inputs, added, decay))
         return self.linear_out(times(gate, align_right(h, columns.restore, dim=1).to(gate.dtype)))
 
     def _mix_some(self, x: torch.Tensor, context: PassContext, some: SomeTokens, step: int) -> torch.Tensor:

@@ -24,7 +24,7 @@ from .blocks import eager_attention
 from .capped_loss import SoftCap, capped_loss
 from .recurrent_gemma_cache import RecurrentGemmaCache, RecurrentLayer, WindowLayer, cache_signature
 from .recurrent_state import align_right
-from .rg_lru import RGLRU, RecurrentBlock, Timeline, times
+from .rg_lru import BLOCK, RGLRU, RecurrentBlock, Timeline, fits_no_cache, times
 
 # What the Trainer and generate() pass along besides the named arguments.
 TAKEN_ARGUMENTS = {"num_items_in_batch", "tokenizer", "assistant_tokenizer"}
@@ -101,6 +101,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if fits_no_cache(x):
+            out = torch.empty_like(x)
+            for part, place in zip(x.split(BLOCK, 1), out.split(BLOCK, 1), strict=True):
+                place.copy_(self(part))
+            return out
         wide = x.float()
         mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1]
         normed = wide * torch.rsqrt(mean_square + self.eps)

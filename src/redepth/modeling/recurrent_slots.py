@@ -143,9 +143,8 @@ class RecurrentSlots:
         return self._written[layer]
 
     def write(self, layer: int, written: Written) -> None:
-        """Keep what a step wrote, where it may have to stand in for deeper ones."""
-        if self.stands_in:
-            self._written[layer] = written
+        """Keep what a step wrote: it may have to stand in for deeper ones."""
+        self._written[layer] = written
 
     def commit(self, tokens: int) -> None:
         """End a pass over `tokens` columns: what it left is now the past."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.compiler import is_compiling
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
@@ -18,6 +19,8 @@ from .scan import linear_scan
 DECAY_POWER = 8.0
 # fan-in variance of fresh gates and convolutions, RecurrentGemma's `w_init_variance_scale`
 GATE_VARIANCE = 0.01
+# tokens at a time, where no gradient is wanted: what they need of a thousand channels stays in a second-level cache
+BLOCK = 256
 # largest slope of the square root in the input's normalisation
 MAX_ROOT_SLOPE = 1000.0
 
@@ -25,6 +28,15 @@ MAX_ROOT_SLOPE = 1000.0
 def times(fresh: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """fresh · other, written over `fresh` unless a gradient needs it: new memory costs more than the product."""
     return fresh * other if fresh.requires_grad or other.requires_grad else fresh.mul_(other)
+
+
+def fits_no_cache(x: torch.Tensor) -> bool:
+    """Whether `x` `[B, T, …]` had better be worked on a `BLOCK` of tokens at a time.
+
+    On the CPU long chains of small operations are bound by memory, and by fresh memory most of all. A gradient needs it
+    anyway, and a compiler has its own means.
+    """
+    return x.shape[1] > BLOCK and x.device.type == "cpu" and not torch.is_grad_enabled() and not is_compiling()
 
 
 class InputScale(torch.autograd.Function):
@@ -86,8 +98,10 @@ class RGLRU(nn.Module):
     def _gate(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """σ of a block-diagonal product: `x` `[B, T, R]` in, the same out in fp32."""
         heads = x.flatten(0, 1).unflatten(-1, weight.shape[:2]).transpose(0, 1)  # [H, B·T, W]
-        gate = torch.baddbmm(bias[:, None], heads, weight).transpose(0, 1).reshape(x.shape)
-        return torch.sigmoid(gate.float())
+        gate = torch.baddbmm(bias[:, None], heads.to(weight.dtype), weight).transpose(0, 1)
+        # One copy for layout and dtype.
+        gate = gate.to(torch.float32, memory_format=torch.contiguous_format).reshape(x.shape)
+        return gate.sigmoid() if gate.requires_grad else gate.sigmoid_()
 
     def gated(self, x: torch.Tensor, timeline: Timeline) -> tuple[torch.Tensor, torch.Tensor]:
         """What the recurrence adds and by what it fades: √(1 − a²) (i x) and a, `[B, T, R]` each, in fp32."""
@@ -123,14 +137,14 @@ class RecurrentBlock(nn.Module):
         self.act_fn = ACT2FN[activation]
 
     def convolve(self, inputs: torch.Tensor, timeline: Timeline) -> torch.Tensor:
-        """Channelwise causal convolution of `inputs` `[B, C - 1 + T, R]`; returns `[B, T, R]`."""
-        bias = self.conv_1d.bias
-        assert bias is not None
+        """Channelwise causal convolution of `inputs` `[B, C - 1 + T, R]`; returns `[B, T, R]` in fp32."""
+        assert self.conv_1d.bias is not None
+        weight, bias, inputs = self.conv_1d.weight[:, 0].float(), self.conv_1d.bias.float(), inputs.float()
         tokens = inputs.shape[1] - self.conv_1d.kernel_size[0] + 1
         if tokens == 1 and timeline.since_start is None:
             # Decoding is a matter of how many small operations there are.
-            return (inputs * self.conv_1d.weight[:, 0].T).sum(1, keepdim=True) + bias
-        taps = self.conv_1d.weight[:, 0].unbind(-1)
+            return (inputs * weight.T).sum(1, keepdim=True) + bias
+        taps = weight.unbind(-1)
         out = torch.addcmul(bias, inputs[:, len(taps) - 1 :], taps[-1])
         for distance in range(1, len(taps)):
             start = len(taps) - 1 - distance
@@ -149,12 +163,21 @@ class RecurrentBlock(nn.Module):
     def forward(self, x: torch.Tensor, timeline: Timeline, memory: RecurrentLayer | None = None) -> torch.Tensor:
         """`x` is `[B, T, D]`; returns `[B, T, D]`. The memory, if given, moves on by T tokens."""
         gate = self.act_fn(self.linear_y(x))
-        x = self.linear_x(x)
+        return self.linear_out(times(gate, self._recur(self.linear_x(x), timeline, memory)))
+
+    def _recur(self, x: torch.Tensor, timeline: Timeline, memory: RecurrentLayer | None) -> torch.Tensor:
+        """Convolution and recurrence of `x` `[B, T, R]`, in its dtype."""
+        simple = timeline.real is timeline.starts is timeline.since_start is None
+        if simple and fits_no_cache(x) and not (memory is not None and memory.record_past):
+            carried = memory if memory is not None else RecurrentLayer(self.conv_1d.kernel_size[0])
+            out = torch.empty_like(x, memory_format=torch.contiguous_format)
+            for index, (part, place) in enumerate(zip(x.split(BLOCK, 1), out.split(BLOCK, 1), strict=True)):
+                place.copy_(self._recur(part, Timeline(fresh=timeline.fresh and index == 0), carried))
+            return out
         if timeline.real is not None:
             x = x * timeline.real[..., None]
-        x = self.convolve(self.with_past(x, timeline, memory), timeline)
-        h = scan_on(*self.rg_lru.gated(x, timeline), timeline, memory)
-        return self.linear_out(times(gate, h.to(gate.dtype)))
+        mixed = self.convolve(self.with_past(x, timeline, memory), timeline)
+        return scan_on(*self.rg_lru.gated(mixed, timeline), timeline, memory).to(x.dtype)
 
 
 def scan_on(
