@@ -15,6 +15,7 @@ CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 MOST = 12
 # Thresholds at which tokens of the tiny models leave at different steps.
 MIDDLING = {"kl": 3e-4, "entropy-diff": 3e-3, "latent-diff": 0.03, "cosine": 3e-4, "argmax-stability": 2}
+NAMES = ["gemma2", "griffin", "hawk", "llama", "olmo2", "qwen2"]
 OF_STATES = sorted(name for name, test in EXIT_TESTS.items() if not test.of_logits)
 
 
@@ -27,10 +28,10 @@ def make(source, family_core: float = 0.4) -> RecurrentDepthForCausalLM:
 
 @pytest.fixture(scope="module")
 def models(zoo) -> dict[str, RecurrentDepthForCausalLM]:
-    return {name: make(zoo[name]) for name in ("llama", "gemma2", "olmo2", "qwen2")}
+    return {name: make(zoo[name]) for name in NAMES}
 
 
-@pytest.fixture(params=["gemma2", "llama", "olmo2", "qwen2"])
+@pytest.fixture(params=NAMES)
 def model(request, models) -> RecurrentDepthForCausalLM:
     return models[request.param]
 

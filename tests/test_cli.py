@@ -80,6 +80,15 @@ def test_convert_verifies_and_reports(redepth_command, source: Path, tmp_path: P
     assert "differs" in out
 
 
+def test_a_source_keeps_its_architecture(redepth_command, tmp_path: Path) -> None:
+    file = Path(__file__).parent / "golden" / "griffin-tiny" / "griffin-tiny.pt"
+    assert redepth_command("convert", file, tmp_path / "out", "--keep-architecture")[0] == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "recurrent_gemma"
+    code, _, err = redepth_command("convert", file, tmp_path / "other", "--keep-architecture", "--core", "1:2")
+    assert code == 2
+    assert "--keep-architecture does no surgery" in err
+
+
 def test_failed_verification_is_an_exit_code(redepth_command, source: Path, zoo, tmp_path: Path) -> None:
     redepth_command("convert", source, tmp_path / "out", "--core", "2:4", "--no-verify", "-q")
     code, _, err = redepth_command("verify", tmp_path / "out", "--against", zoo["llama"], "-q")

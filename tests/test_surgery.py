@@ -147,12 +147,21 @@ def test_output_folder_is_complete(zoo, tmp_path: Path) -> None:
         "blocks.py",
         "cache.py",
         "configuration.py",
+        "decoding.py",
         "depth.py",
         "exits.py",
         "kinds.py",
         "loss.py",
         "model.py",
+        "processor_attention.py",
+        "recurrent_slots.py",
+        "recurrent_state.py",
+        "rg_lru.py",
+        "scan.py",
+        "speculation.py",
         "state.py",
+        "uneven.py",
+        "wavefront.py",
     }
     records = {"README.md", "config.json", "generation_config.json", "model.safetensors", "recipe.yaml"}
     assert names == modelling | records

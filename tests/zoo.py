@@ -69,6 +69,28 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "SmolLM3Config",
         {"no_rope_layers": [1, 1, 0, 1, 0, 1], "tie_word_embeddings": True},
     ),
+    "griffin": (
+        "RecurrentGemmaForCausalLM",
+        "RecurrentGemmaConfig",
+        {"intermediate_size": 74, "lru_width": 30, "attention_window_size": 6},
+    ),
+    "griffin-attention-first": (
+        "RecurrentGemmaForCausalLM",
+        "RecurrentGemmaConfig",
+        {
+            "intermediate_size": 52,
+            "num_key_value_heads": 3,
+            "attention_window_size": 4,
+            "block_types": ["attention", "recurrent"],
+            "conv1d_width": 1,
+            "logits_soft_cap": 2.0,
+        },
+    ),
+    "hawk": (
+        "RecurrentGemmaForCausalLM",
+        "RecurrentGemmaConfig",
+        {"intermediate_size": 60, "lru_width": 12, "conv1d_width": 3, "block_types": ["recurrent"]},
+    ),
 }
 
 
@@ -80,7 +102,10 @@ def make_model(name: str, **changes: Any) -> Any:
     model = getattr(transformers, model_class)(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 1:
+            if config.model_type == "recurrent_gemma":
+                # Its published start is so narrow that layers hardly matter.
+                parameter.copy_(0.25 * torch.randn_like(parameter))
+            elif parameter.ndim == 1:
                 parameter += 0.3 * torch.randn_like(parameter)
     return model
 

@@ -8,6 +8,7 @@ import torch
 from redepth.loading import read_config
 from redepth.modeling import RecurrentDepthConfig
 from redepth.modeling.cache import parse_cache_rule
+from redepth.modeling.configuration import RECURRENCE
 from redepth.surgery.folder import HEALING_FILE, read_json, read_recipe
 
 from .cost import count_parameters
@@ -20,10 +21,33 @@ def cache_bytes_per_token(config: RecurrentDepthConfig, num_steps: int, rule: st
         rule: the config's by default.
     """
     kept = parse_cache_rule(rule if rule is not None else config.cache_rule).places(num_steps)
-    layers = config.n_layers_in_prelude + kept * config.n_layers_in_recurrent_block + config.n_layers_in_coda
+    _, layers = _layer_steps(config, kept)
     assert config.num_key_value_heads is not None
     assert config.head_dim is not None
     return layers * 2 * config.num_key_value_heads * config.head_dim * _dtype(config).itemsize
+
+
+def recurrent_bytes(config: RecurrentDepthConfig, num_steps: int, rule: str | None = None) -> int:
+    """Bytes that the recurrent layers hold for one row after `num_steps` steps, however long its text is.
+
+    Args:
+        rule: the config's by default.
+    """
+    kept = parse_cache_rule(rule if rule is not None else config.cache_rule).places(num_steps)
+    recurrences, _ = _layer_steps(config, kept)
+    # The state is fp32; the convolution's last inputs are as the model computes.
+    bytes_per_channel = 4 + (config.conv1d_width - 1) * _dtype(config).itemsize
+    return recurrences * (config.lru_width or 0) * bytes_per_channel
+
+
+def _layer_steps(config: RecurrentDepthConfig, kept_steps: int) -> tuple[int, int]:
+    """How many recurrences and how many attentions leave something in the cache, those of the core once a step."""
+    assert config.n_layers is not None
+    core = range(config.n_layers_in_prelude, config.n_layers - config.n_layers_in_coda)
+    counts = {True: 0, False: 0}
+    for layer in range(config.n_layers):
+        counts[config.layer_type(layer) == RECURRENCE] += kept_steps if layer in core else 1
+    return counts[True], counts[False]
 
 
 def _dtype(config: RecurrentDepthConfig) -> torch.dtype:
@@ -69,6 +93,8 @@ def inspect(
             "rope_style": config.rope_style,
             "qk_norm": config.qk_norm,
             "sliding_window": config.sliding_window,
+            "recurrent_layers": sum(config.layer_type(layer) == RECURRENCE for layer in range(config.n_layers or 0))
+            or None,
         },
         "layers": layers,
         "source_layers": {group: converted[group] for group in layers} if converted else None,
@@ -84,4 +110,5 @@ def inspect(
         "cache_rule": rule,
         "state_bytes_per_token": config.n_embd * _dtype(config).itemsize,
         "cache_bytes_per_token": {depth: cache_bytes_per_token(config, depth, rule) for depth in depths},
+        "recurrent_bytes_per_row": {depth: recurrent_bytes(config, depth, rule) for depth in depths},
     }

@@ -10,6 +10,7 @@ from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthConfig
 from redepth.surgery.convert import DEFAULT_ADAPTER, DEFAULT_SHARD_SIZE, DEFAULT_STATE, Conversion, plan_conversion
 from redepth.surgery.republish import republish
+from redepth.surgery.rewrite import rewrite
 from redepth.surgery.sources import Source, open_source
 
 from .console import AsJson, Quiet, hush_libraries, print_json, progress_bar, remarks, results
@@ -79,7 +80,9 @@ def _republish(
 
 
 def command(
-    source: Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, smollm2-135m or gemma3-270m.")],
+    source: Annotated[
+        str, typer.Argument(help="Hub id, local folder, .gguf or .pt file, smollm2-135m or gemma3-270m.")
+    ],
     out: Annotated[Path | None, typer.Argument(help="Folder to write.")] = None,
     prelude: Annotated[str | None, typer.Option(help="Source layers before the core, such as 0:4.")] = None,
     core: Annotated[str | None, typer.Option(help="Source layers to loop; the middle fifth by default.")] = None,
@@ -93,6 +96,9 @@ def command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest weights file.")] = DEFAULT_SHARD_SIZE,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and its price; write nothing.")] = False,
+    keep_architecture: Annotated[
+        bool, typer.Option("--keep-architecture", help="No surgery: write the source itself in transformers' format.")
+    ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -108,6 +114,22 @@ def command(
     if out is None and not dry_run:
         raise RedepthError("OUT is missing; name the folder to write, or add --dry-run to see the plan alone")
     opened = open_source(source)
+    if keep_architecture:
+        if any(part is not None for part in (prelude, core, coda, tie)) or dry_run:
+            raise RedepthError(
+                "--keep-architecture does no surgery; leave --prelude, --core, --coda, --tie and --dry-run out"
+            )
+        assert out is not None
+        with progress_bar(quiet) as update:
+            rewrite(
+                opened,
+                out,
+                dtype=dtype,
+                overwrite=overwrite,
+                max_shard_size=max_shard_size,
+                on_tensor=lambda done, total: update("write", done / total),
+            )
+        return
     if opened.config.model_type == RecurrentDepthConfig.model_type:
         _republish(opened, out, (prelude, core, coda), dtype, tie, overwrite, max_shard_size, dry_run, quiet)
         return

@@ -63,3 +63,6 @@ def command(
     costs.add_row("cache", *(f"{size:,}" for size in report["cache_bytes_per_token"].values()))
     costs.add_row("state", *(f"{report['state_bytes_per_token']:,}" for _ in report["cache_bytes_per_token"]))
     results.print(costs)
+    if any(report["recurrent_bytes_per_row"].values()):
+        row = ", ".join(f"{size:,} at r = {depth}" for depth, size in report["recurrent_bytes_per_row"].items())
+        results.print(f"recurrent states, bytes per row of any length: {row}")

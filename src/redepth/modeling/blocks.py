@@ -1,4 +1,4 @@
-"""One transformer block for every family, switched by the configuration.
+"""One block for every family, switched by the configuration.
 
 Shapes: B batch, T new tokens, S stored and new tokens, D width, H query heads, G key/value heads, K head_dim.
 """
@@ -15,20 +15,24 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache import RecurrentDepthCache, SomeTokens
-from .configuration import RecurrentDepthConfig
+from .configuration import RECURRENCE, RecurrentDepthConfig
 from .processor_attention import ProcessorAttention, gains_from_own_backward
+from .recurrent_slots import Columns, Written
+from .recurrent_state import align_right
+from .rg_lru import RecurrentBlock, Timeline, scan_on, times
 
 
 @dataclass
 class PassContext:
     """What every layer of one forward pass shares."""
 
-    masks: dict[str, Any]  # by layer type, as the attention implementation takes them
-    rotations: dict[str, tuple[torch.Tensor, torch.Tensor]]  # by layer type: cos and sin, [B, T, K/2] in fp32
+    masks: dict[str, Any]  # by attention type, as the attention implementation takes them
+    rotations: dict[str, tuple[torch.Tensor, torch.Tensor]]  # by attention type: cos and sin, [B, T, K/2] in fp32
     cache: RecurrentDepthCache | None
     position_ids: torch.Tensor  # [B, T]
     some: SomeTokens | None = None  # the tokens of this call, where they are not all of the pass
     steps_run: torch.Tensor | None = None  # [B, T], under a criterion: the steps that the tokens have run so far
+    columns: Columns | None = None  # how recurrent layers read the pass; None where there are none
 
 
 class RMSNorm(nn.Module):
@@ -51,14 +55,15 @@ class RMSNorm(nn.Module):
 def rotations(
     config: RecurrentDepthConfig, position_ids: torch.Tensor, layer_type: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of the rotary angles (Su et al. 2021), each `[B, T, K/2]` in fp32."""
+    """cos and sin of the rotary angles (Su et al. 2021), each `[B, T, half the rotated channels]` in fp32."""
     assert config.rope_parameters is not None and config.head_dim is not None
     nested = layer_type in config.rope_parameters
     parameters = config.rope_parameters[layer_type] if nested else config.rope_parameters
     device, attention_factor = position_ids.device, 1.0
     if parameters["rope_type"] == "default":
-        channels = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
-        inverse_frequency = 1.0 / (parameters["rope_theta"] ** (channels / config.head_dim))
+        rotated = int(config.head_dim * parameters.get("partial_rotary_factor", 1.0))
+        channels = torch.arange(0, rotated, 2, device=device, dtype=torch.float32)
+        inverse_frequency = 1.0 / (parameters["rope_theta"] ** (channels / rotated))
     else:
         initialise = ROPE_INIT_FUNCTIONS[parameters["rope_type"]]
         inverse_frequency, attention_factor = initialise(config, device, layer_type=layer_type if nested else None)
@@ -67,10 +72,11 @@ def rotations(
 
 
 def rotate_half_style(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate channel i with channel i + K/2. `x` is `[B, heads, T, K]`."""
+    """Rotate channel i with channel i + half of those that turn; the others pass. `x` is `[B, heads, T, K]`."""
+    half = cos.shape[-1]
     cos, sin = cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
 
 def rotate_interleaved(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -139,7 +145,8 @@ class Attention(nn.Module):
         self.soft_cap = {} if cap is None else {"softcap": cap}
 
         self.Wqkv = nn.Linear(config.n_embd, self.q_width + 2 * self.kv_width, bias=config.qkv_bias)
-        self.proj = nn.Linear(self.q_width, config.n_embd, bias=False)
+        self.proj = nn.Linear(self.q_width, config.n_embd, bias=config.proj_bias)
+        self.proj.fresh_start = "narrow"  # type: ignore[assignment]
         if config.qk_bias:
             self.qk_bias = nn.Parameter(torch.zeros(2, 1, config.n_heads, config.head_dim))
         if config.qk_norm is not None:
@@ -185,13 +192,65 @@ class Attention(nn.Module):
         return self.proj(mixed.flatten(2))
 
 
+class Recurrence(RecurrentBlock):
+    """Griffin's recurrent block in place of attention: recurrent in time, and in the core with a state for each step."""
+
+    def __init__(self, config: RecurrentDepthConfig, layer: int) -> None:
+        assert config.lru_width is not None
+        super().__init__(config.n_embd, config.lru_width, config.n_heads, config.conv1d_width, config.activation)
+        self.layer_idx = layer
+        self.linear_out.fresh_start = "narrow"  # type: ignore[assignment]
+
+    def forward(self, x: torch.Tensor, context: PassContext, step: int) -> torch.Tensor:  # type: ignore[override]
+        """`x` is `[B, T, D]`; `step` counts from 1 in the core and is 0 elsewhere. Returns `[B, T, D]`."""
+        columns, cache = context.columns, context.cache
+        assert columns is not None
+        if context.some is not None:
+            return self._mix_some(x, context, context.some, step)
+        timeline = columns.timeline
+        memory = cache.recurrent_memory(self.layer_idx, step, timeline) if cache is not None else None
+        if cache is None or not cache.recurrent_slots.stands_in:
+            x = super().forward(align_right(x, columns.order, dim=1), timeline, memory)
+            return align_right(x, columns.restore, dim=1)
+        gate = self.act_fn(self.linear_y(x))
+        inputs = align_right(self.linear_x(x), columns.order, dim=1)
+        if timeline.real is not None:
+            inputs = inputs * timeline.real[..., None]
+        mixed = self.convolve(self.with_past(inputs, timeline, memory), timeline)
+        added, decay = self.rg_lru.gated(mixed, timeline)
+        h = scan_on(added, decay, timeline, memory)
+        cache.recurrent_slots.write(self.layer_idx, Written(inputs, added, decay))
+        return self.linear_out(times(gate, align_right(h, columns.restore, dim=1).to(gate.dtype)))
+
+    def _mix_some(self, x: torch.Tensor, context: PassContext, some: SomeTokens, step: int) -> torch.Tensor:
+        """The tokens still in the loop, `[rows, places, D]`, between those that have left, whose last writing stands."""
+        columns, cache = context.columns, context.cache
+        assert columns is not None
+        assert cache is not None
+        timeline, slots = columns.timeline, cache.recurrent_slots
+        rows = some.rows[:, None].expand_as(some.positions)
+        at = some.positions if columns.restore is None else columns.restore[rows, some.positions]
+        # One entry for each token, without the filling.
+        where = rows[some.real], at[some.real]
+        before = slots.written(self.layer_idx)
+        inputs = before.inputs.index_put(where, self.linear_x(x)[some.real])
+        memory = cache.recurrent_memory(self.layer_idx, step, timeline)
+        mixed = self.convolve(self.with_past(inputs, timeline, memory), timeline)[where]
+        starts = where[1] == 0 if timeline.fresh else timeline.starts[where] if timeline.starts is not None else None
+        added, decay = self.rg_lru.gated(mixed[None], Timeline(starts=starts[None] if starts is not None else None))
+        added, decay = before.added.index_put(where, added[0]), before.decay.index_put(where, decay[0])
+        h = scan_on(added, decay, timeline, memory)[rows, at]
+        slots.write(self.layer_idx, Written(inputs, added, decay))
+        return self.linear_out(times(self.act_fn(self.linear_y(x)), h.to(x.dtype)))
+
+
 class GatedMLP(nn.Module):
     """down(act(gate(x)) * up(x)) with gate and up in one projection, gate first (Shazeer 2020)."""
 
     def __init__(self, config: RecurrentDepthConfig) -> None:
         super().__init__()
-        self.fc = nn.Linear(config.n_embd, 2 * config.intermediate_size, bias=False)
-        self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=False)
+        self.fc = nn.Linear(config.n_embd, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.mlp_bias)
         self.act = ACT2FN[config.activation]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -200,19 +259,23 @@ class GatedMLP(nn.Module):
 
 
 class Block(GradientCheckpointingLayer):
-    """Attention and mlp on the residual stream, with the norms where the family has them.
+    """A mixer of tokens (attention or a recurrence) and an mlp on the residual stream, with the family's norms.
 
-    `norm_1` and `norm_2` are attention's, `norm_3` and `norm_4` the mlp's; with two norms a block (`pre`, `post`)
-    `norm_1` is attention's and `norm_2` the mlp's.
+    `norm_1` and `norm_2` are the mixer's, `norm_3` and `norm_4` the mlp's; with two norms a block (`pre`, `post`)
+    `norm_1` is the mixer's and `norm_2` the mlp's.
     """
 
     def __init__(self, config: RecurrentDepthConfig, layer: int) -> None:
         super().__init__()
         self.placement = config.norm_placement
-        self.attn = Attention(config, layer)
+        # Which of the two a layer has is told by its tensors' names as well.
+        if config.layer_type(layer) == RECURRENCE:
+            self.recurrence = Recurrence(config, layer)
+        else:
+            self.attn = Attention(config, layer)
         self.mlp = GatedMLP(config)
-        # How a fresh model starts these; transformers initialises a module by itself, without its place.
-        self.attn.proj.fresh_start = self.mlp.proj.fresh_start = "narrow"  # type: ignore[assignment]
+        # How a fresh model starts this; transformers initialises a module by itself, without its place.
+        self.mlp.proj.fresh_start = "narrow"  # type: ignore[assignment]
         self.mlp.fc.fresh_start = "up half narrow"  # type: ignore[assignment]
         self.norm_1 = RMSNorm(config.n_embd, config)
         self.norm_2 = RMSNorm(config.n_embd, config)
@@ -222,14 +285,15 @@ class Block(GradientCheckpointingLayer):
 
     def forward(self, x: torch.Tensor, context: PassContext, step: int = 0) -> torch.Tensor:
         """`x` is `[B, T, D]`; `step` counts from 1 in the core and is 0 elsewhere. Returns `[B, T, D]`."""
+        mix = self.recurrence if hasattr(self, "recurrence") else self.attn
         if self.placement == "pre":
-            x = x + self.attn(self.norm_1(x), context, step)
+            x = x + mix(self.norm_1(x), context, step)
             return x + self.mlp(self.norm_2(x))
         if self.placement == "post":
-            x = x + self.norm_1(self.attn(x, context, step))
+            x = x + self.norm_1(mix(x, context, step))
             return x + self.norm_2(self.mlp(x))
         if self.placement == "sandwich":
-            x = x + self.norm_2(self.attn(self.norm_1(x), context, step))
+            x = x + self.norm_2(mix(self.norm_1(x), context, step))
             return x + self.norm_4(self.mlp(self.norm_3(x)))
-        x = self.norm_2(x + self.attn(self.norm_1(x), context, step))
+        x = self.norm_2(x + mix(self.norm_1(x), context, step))
         return self.norm_4(x + self.mlp(self.norm_3(x)))

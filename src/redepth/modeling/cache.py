@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .recurrent_slots import RecurrentSlots
+from .recurrent_state import RecurrentLayer
+from .rg_lru import Timeline
+
 # What a cache keeps for each row beside its slots.
 ROW_WISE = ("steps_run", "padding_mask", "last_state")
 KNOWN_RULES = "full, latest, skip, ring-N, first-R-then-last, or latest or skip joined to one of the last two by a +"
@@ -258,7 +262,7 @@ class RecurrentDepthCache(Cache):
         rule: a cache rule or a published alias (`compress-s4`, `latest-m4`, …); the config's by default.
 
     Raises:
-        ValueError: for an unknown rule.
+        ValueError: for an unknown rule, and for one that recurrent layers can't follow.
     """
 
     def __init__(self, config: Any, rule: str | None = None) -> None:
@@ -272,6 +276,14 @@ class RecurrentDepthCache(Cache):
         self.steps_run: torch.Tensor | None = None
         # s_r of each row's last token, [batch, 1, width], for a warm start; None after a crop.
         self.last_state: torch.Tensor | None = None
+        # Beside keys and values, the states of recurrent layers; None where the model has none.
+        self.recurrent: RecurrentSlots | None = None
+        if config.has_recurrence:
+            if self.rule.name not in ("full", "latest") and self.rule.missing != "refuse":
+                raise ValueError(
+                    f"cache rule {self.rule.name!r} can't go with recurrent layers, whose states hold every token; use 'latest'"
+                )
+            self.recurrent = RecurrentSlots(config.conv1d_width, stands_in=self.rule.missing == "latest")
         self._steps_in_pass = 0
 
     def check_steps(self, num_steps: int) -> None:
@@ -329,6 +341,16 @@ class RecurrentDepthCache(Cache):
             return slot.update_some(key_states, value_states, self.length, some)
         return slot.update(key_states, value_states, self.length)
 
+    @property
+    def recurrent_slots(self) -> RecurrentSlots:
+        assert self.recurrent is not None
+        return self.recurrent
+
+    def recurrent_memory(self, layer_idx: int, step: int, timeline: Timeline) -> RecurrentLayer:
+        """The memory of a recurrent layer at a step, to be moved on by this pass; `update` for such layers."""
+        self._steps_in_pass = max(self._steps_in_pass, step)
+        return self.recurrent_slots.enter(layer_idx, self.rule.place(step), timeline)
+
     def _slot(self, layer: int, step: int) -> CacheSlot:
         if (layer, step) not in self.slots:
             self.slots[layer, step] = CacheSlot()
@@ -348,6 +370,8 @@ class RecurrentDepthCache(Cache):
         past = [] if self.steps_run is None else [self.steps_run]
         self.steps_run = torch.cat([*past, steps_run], dim=1)
         self._remember_last(latent_states.detach())
+        if self.recurrent is not None:
+            self.recurrent.commit(tokens)
         self.length += tokens
         self._steps_in_pass = 0
 
@@ -393,8 +417,9 @@ class RecurrentDepthCache(Cache):
         return self.padding_mask
 
     def memory_bytes(self) -> int:
-        """Bytes held by keys and values, reserved room included."""
-        return sum(slot.memory_bytes() for slot in self.slots.values())
+        """Bytes held by keys, values and recurrent states, reserved room included."""
+        states = self.recurrent.memory_bytes() if self.recurrent is not None else 0
+        return states + sum(slot.memory_bytes() for slot in self.slots.values())
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
@@ -407,16 +432,24 @@ class RecurrentDepthCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        return True
+        return self.recurrent is None or self.recurrent.recording
+
+    def activate_past_recording(self) -> None:
+        """Keep the recurrent layers' states of every token until the next crop; keys and values need nothing."""
+        if self.recurrent is not None:
+            self.recurrent.recording = True
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens, so that the cache is as if they had never been fed.
 
         Raises:
-            ValueError: for a positive number; transformers counts tokens to remove as a negative one.
+            ValueError: for a positive number; transformers counts tokens to remove as a negative one. For tokens that
+                recurrent layers did not record, see `activate_past_recording`.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+        if self.recurrent is not None:
+            self.recurrent.crop(tokens_to_remove)
         if tokens_to_remove < 0:
             self.last_state = None
         self.length = max(self.length + tokens_to_remove, 0)
@@ -428,19 +461,26 @@ class RecurrentDepthCache(Cache):
         super().reset()
         self.slots.clear()
         self.layers.clear()
+        if self.recurrent is not None:
+            self.recurrent.reset()
         self.length, self.steps_run, self.padding_mask, self.last_state = 0, None, None, None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
-        self._change(ROW_WISE, lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+        self._change_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        self._change(ROW_WISE, lambda rows: rows.repeat_interleave(repeats, dim=0))
+        self._change_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
-        self._change(ROW_WISE, lambda rows: rows[indices])
+        self._change_rows(lambda rows: rows[indices])
+
+    def _change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._change(ROW_WISE, change)
+        if self.recurrent is not None:
+            self.recurrent.map_rows(change)
 
     def _change(self, names: tuple[str, ...], change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Apply a change to what is kept beside the slots, where there is any."""

@@ -10,6 +10,8 @@ from transformers.configuration_utils import PreTrainedConfig
 
 # The published names among them mean the same.
 STATE_MODES = {"noise": "noise", "like-init": "noise", "zeros": "zeros", "zero": "zeros", "embed": "embed"}
+# The layer type of a recurrence; transformers allows no name of ours.
+RECURRENCE = "linear_attention"
 NormPlacement = Literal["pre", "post", "sandwich", "huginn"]
 
 
@@ -28,8 +30,12 @@ class RecurrentDepthConfig(PreTrainedConfig):
         qkv_bias (`bool`): bias on the fused q, k, v projection. `qk_bias` is Huginn's own bias on q and k.
         rope_style (`str`): `half` rotates channel i with i + head_dim/2; `interleaved` rotates 2i with 2i + 1.
         rope_layers (`list[bool]`, *optional*): per layer, whether it rotates q and k at all; all do by default.
-        layer_types (`list[str]`, *optional*): per layer (prelude, core, coda in order) `full_attention` or
-            `sliding_attention`; `sliding_window` tokens are visible to the latter, the token itself included.
+        layer_types (`list[str]`, *optional*): per layer (prelude, core, coda in order) `full_attention`,
+            `sliding_attention` or `linear_attention`; `sliding_window` tokens are visible to the second, the token itself
+            included; the third is transformers' word for a recurrence, here Griffin's RG-LRU.
+        lru_width (`int`, *optional*): width of the recurrence, `n_embd` by default; `n_heads` divides it.
+        conv1d_width (`int`): taps of the convolution before the recurrence.
+        proj_bias, mlp_bias (`bool`): bias on attention's output projection, and on the mlp's projections.
         query_scale (`float`, *optional*): factor on q·k, `head_dim ** -0.5` by default.
         norm_before_coda (`bool`): whether `ln_f` is applied to the last state before the coda, as Huginn does.
         initial_state_mode (`str`): s_0 is `noise`, `zeros`, or `embed` (the prelude's output e).
@@ -78,6 +84,8 @@ class RecurrentDepthConfig(PreTrainedConfig):
     qk_norm: Literal["head", "full"] | None = None
     qkv_bias: bool = False
     qk_bias: bool = True
+    proj_bias: bool = False
+    mlp_bias: bool = False
 
     rope_base: float = 50_000.0
     rope_parameters: dict[str, Any] | None = None
@@ -85,6 +93,8 @@ class RecurrentDepthConfig(PreTrainedConfig):
     rope_layers: list[bool] | None = None
     layer_types: list[str] | None = None
     sliding_window: int | None = None
+    lru_width: int | None = None
+    conv1d_width: int = 4
     query_scale: float | None = None
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
@@ -103,6 +113,8 @@ class RecurrentDepthConfig(PreTrainedConfig):
             self.num_key_value_heads = self.n_heads
         if self.head_dim is None:
             self.head_dim = self.n_embd // self.n_heads
+        if self.lru_width is None and self.has_recurrence:
+            self.lru_width = self.n_embd
         self.n_layers = self.n_layers_in_prelude + self.n_layers_in_recurrent_block + self.n_layers_in_coda
         # Published configs give the table's padded size, and some their rope in the older keys.
         self.vocab_size = kwargs.pop("padded_vocab_size", None) or self.vocab_size
@@ -129,6 +141,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
         }
         self.init_values = published_start | (self.init_values or {})
         super().__post_init__(**kwargs)
+        self.validate_architecture()
 
     @property
     def embed_scale(self) -> float:
@@ -142,15 +155,20 @@ class RecurrentDepthConfig(PreTrainedConfig):
         return self.depth_profile["num_steps"] if self.depth_profile is not None else self.mean_recurrence
 
     def layer_type(self, layer: int) -> str:
-        """Attention type of unique layer `layer`, counted through prelude, core and coda."""
+        """Mixer of unique layer `layer`, counted through prelude, core and coda."""
         return self.layer_types[layer] if self.layer_types is not None else "full_attention"
+
+    @property
+    def has_recurrence(self) -> bool:
+        """Whether any layer is recurrent in time."""
+        return self.layer_types is not None and RECURRENCE in self.layer_types
 
     def layer_has_rope(self, layer: int) -> bool:
         """Whether unique layer `layer` rotates its queries and keys."""
         return self.rope_layers[layer] if self.rope_layers is not None else True
 
     def validate_architecture(self) -> None:
-        """Called by transformers on construction; raises ValueError on a config that no model can have."""
+        """Raise ValueError for a config that no model can have; transformers calls it again before it saves."""
         if self.n_layers_in_recurrent_block < 1:
             raise ValueError(
                 f"n_layers_in_recurrent_block is {self.n_layers_in_recurrent_block}, but the core needs at least 1 layer"
@@ -167,3 +185,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
                 raise ValueError(f"{name} has {len(values)} entries, but the model has {self.n_layers} unique layers")
         if self.layer_types is not None and "sliding_attention" in self.layer_types and not self.sliding_window:
             raise ValueError("layer_types names sliding_attention, but sliding_window is not set; set it in tokens")
+        if self.has_recurrence and (not self.lru_width or self.lru_width % self.n_heads):
+            raise ValueError(f"lru_width ({self.lru_width}) is not a multiple of n_heads ({self.n_heads})")
+        if self.conv1d_width < 1:
+            raise ValueError(f"conv1d_width is {self.conv1d_width}, but a convolution has at least 1 tap")

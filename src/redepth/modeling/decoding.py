@@ -81,6 +81,8 @@ def choose_decoding(config: RecurrentDepthConfig, arguments: dict[str, Any]) -> 
         parse_cache_rule(cache_rule_for(config, arguments.get("cache_rule"), criterion))
         return None
     name = "draft_steps" if sampler is None else f"sampler={sampler!r}"
+    if config.has_recurrence:
+        raise ValueError(f"{name} can't go with recurrent layers, whose states can't be taken back; leave it out")
     excluded = [other for other in ONE_TOKEN_AT_A_TIME if arguments.get(other)]
     excluded += ["draft_steps"] if sampler is not None and draft_steps is not None else []
     excluded += ["use_cache=False"] if arguments.get("use_cache") is False else []

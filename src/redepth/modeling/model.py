@@ -25,12 +25,14 @@ from transformers.utils import ModelOutput, logging
 
 from .blocks import Attention, Block, PassContext, RMSNorm, rotations
 from .cache import RecurrentDepthCache, SomeTokens, parse_cache_rule
-from .configuration import RecurrentDepthConfig
+from .configuration import RECURRENCE, RecurrentDepthConfig
 from .decoding import cache_rule_for, choose_decoding, exit_policy
 from .depth import sample_num_steps, split_num_steps
 from .exits import ExitPolicy, ExitTest, Measure
 from .kinds import complete_config
 from .loss import TokenLoss, chunked_cross_entropy, cross_entropy_of_tokens
+from .recurrent_slots import read_columns
+from .rg_lru import GATE_VARIANCE, RGLRU
 from .state import fresh_noise, position_noise
 
 logger = logging.get_logger(__name__)
@@ -164,6 +166,12 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                 init.zeros_(module.bias)
         elif isinstance(module, Attention) and self.config.qk_bias:
             init.zeros_(module.qk_bias)
+        elif isinstance(module, RGLRU):
+            module.fresh_start(GATE_VARIANCE)
+        elif isinstance(module, nn.Conv1d):
+            cut_normal(module.weight, (GATE_VARIANCE / self.config.conv1d_width) ** 0.5)
+            assert module.bias is not None
+            init.zeros_(module.bias)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.transformer["wte"]
@@ -189,6 +197,8 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             rule = cache_rule_for(self.config, model_kwargs.get("cache_rule"), model_kwargs.get("criterion"))
             model_kwargs["past_key_values"] = RecurrentDepthCache(self.config, rule)
+            if generation_config.is_assistant:
+                model_kwargs["past_key_values"].activate_past_recording()
 
     def _context(
         self,
@@ -236,7 +246,19 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
             else:
                 position_ids = torch.arange(past, total, device=hidden.device)[None]
-        layer_types = sorted(set(self.config.layer_types or ["full_attention"]))
+        attention_types = sorted(set(self.config.layer_types or ["full_attention"]) - {RECURRENCE})
+        columns = None
+        if self.config.has_recurrence:
+            columns = read_columns(
+                batch,
+                tokens,
+                past,
+                self.config.conv1d_width,
+                attention_mask,
+                given_positions,
+                cached=cache is not None,
+                device=hidden.device,
+            )
         mask_inputs: dict[str, Any] = {
             "config": self.config,
             "inputs_embeds": hidden,
@@ -247,10 +269,11 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             "allow_is_causal_skip": not whole_masks,
         }
         return PassContext(
-            masks={kind: MASK_MAKERS[kind](**mask_inputs) for kind in layer_types},
-            rotations={kind: rotations(self.config, position_ids, kind) for kind in layer_types},
+            masks={kind: MASK_MAKERS[kind](**mask_inputs) for kind in attention_types},
+            rotations={kind: rotations(self.config, position_ids, kind) for kind in attention_types},
             cache=cache,
             position_ids=position_ids,
+            columns=columns,
         )
 
     def check_length(self, tokens: int) -> None:

@@ -21,16 +21,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from .blocks import eager_attention
-from .recurrent_gemma_cache import RecurrentGemmaCache, RecurrentLayer, WindowLayer, align_right, cache_signature
-from .scan import linear_scan
+from .capped_loss import SoftCap, capped_loss
+from .recurrent_gemma_cache import RecurrentGemmaCache, RecurrentLayer, WindowLayer, cache_signature
+from .recurrent_state import align_right
+from .rg_lru import BLOCK, RGLRU, RecurrentBlock, Timeline, fits_no_cache, times
 
 # What the Trainer and generate() pass along besides the named arguments.
 TAKEN_ARGUMENTS = {"num_items_in_batch", "tokenizer", "assistant_tokenizer"}
 BLOCK_TYPES = ("recurrent", "attention")
-# exponent of the decay: a = σ(Λ)^(c · gate), Griffin's equation 3
-DECAY_POWER = 8.0
-# largest slope of the square root in the input's normalisation
-MAX_ROOT_SLOPE = 1000.0
 
 
 class RecurrentGemmaConfig(TransformersRecurrentGemmaConfig):
@@ -84,27 +82,14 @@ class Pass:
     sin: torch.Tensor
     segments: list[Segment]
     cache: RecurrentGemmaCache | None
-    # Every row starts its text at column 0, and nowhere else.
-    fresh: bool = False
-    # `[B, T]`, where a text starts, if that is not said by `fresh`.
-    starts: torch.Tensor | None = None
-    # `[B, T]`, how many columns lie between a token and its document's start, where a pass holds several documents.
-    since_start: torch.Tensor | None = None
-    # `[B, T]`, which columns are tokens; None if all.
-    real: torch.Tensor | None = None
-    # Reorderings that put new padding left of what is stored, `[B, C - 1 + T]` and `[B, S + T]`.
-    input_order: torch.Tensor | None = None
+    timeline: Timeline
+    # The reordering that puts new padding left of the stored keys, `[B, S + T]`.
     key_order: torch.Tensor | None = None
     # How the caller's columns are read from these, `[B, T]`; None if they are the same.
     restore: torch.Tensor | None = None
     attentions: list[torch.Tensor] | None = None
     # For the cache at the end of the pass.
     document_tokens: torch.Tensor | None = field(default=None, repr=False)
-
-
-def times(fresh: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """fresh · other, written over `fresh` unless a gradient needs it: new memory costs more than the product."""
-    return fresh * other if fresh.requires_grad or other.requires_grad else fresh.mul_(other)
 
 
 class RMSNorm(nn.Module):
@@ -116,6 +101,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if fits_no_cache(x):
+            out = torch.empty_like(x)
+            for part, place in zip(x.split(BLOCK, 1), out.split(BLOCK, 1), strict=True):
+                place.copy_(self(part))
+            return out
         wide = x.float()
         mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1]
         normed = wide * torch.rsqrt(mean_square + self.eps)
@@ -194,198 +184,22 @@ class Attention(nn.Module):
         return self.o_proj((mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=1)).flatten(2))
 
 
-class InputScale(torch.autograd.Function):
-    """√(1 − a²) of log a, with the slope of the root bounded: it is infinite at a = 1."""
-
-    @staticmethod
-    def forward(ctx: Any, log_a: torch.Tensor) -> torch.Tensor:
-        square = -torch.expm1(2 * log_a)
-        ctx.save_for_backward(square)
-        return square.sqrt()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        (square,) = ctx.saved_tensors
-        # d(1 − a²)/d(log a) = −2a², and that of the root 1 / (2√(1 − a²)).
-        slope = (4 * square).clamp_(min=MAX_ROOT_SLOPE**-2).rsqrt_()
-        return grad * slope * (2 * (square - 1))
-
-
-class SoftCap(torch.autograd.Function):
-    """cap · tanh(x / cap), written over x: logits are the largest tensor there is, and no copy of them is needed."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, cap: float) -> torch.Tensor:
-        ctx.mark_dirty(logits)
-        ctx.cap = cap
-        logits.div_(cap).tanh_().mul_(cap)
-        ctx.save_for_backward(logits)
-        return logits
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (capped,) = ctx.saved_tensors
-        slope = (capped / ctx.cap).square_().neg_().add_(1)
-        return slope.mul_(grad), None
-
-
-class CappedLoss(torch.autograd.Function):
-    """Soft-capped logits, written over x `[N, V]`, and the sum of their cross-entropies in nats.
-
-    One number a row is kept for the way back, which goes through loss and cap in one pass, by blocks of rows.
-    """
-
-    ROWS = 64  # 64 rows of 32,000 logits fit the second-level cache
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, cap: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.mark_dirty(logits)
-        ctx.set_materialize_grads(False)
-        ctx.cap = cap
-        counted = labels != ignore_index
-        safe = labels.masked_fill(~counted, 0)
-        normalisers = []
-        for block in logits.split(CappedLoss.ROWS):
-            block.div_(cap).tanh_().mul_(cap)
-            normalisers.append(block.float().logsumexp(-1))
-        normaliser = torch.cat(normalisers)
-        ctx.save_for_backward(logits, safe, counted, normaliser)
-        chosen = logits.gather(1, safe[:, None])[:, 0].float()
-        return logits, (normaliser - chosen).masked_fill(~counted, 0.0).sum()
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad_logits: torch.Tensor | None, grad_loss: torch.Tensor | None
-    ) -> tuple[torch.Tensor, None, None, None]:
-        capped, safe, counted, normaliser = ctx.saved_tensors
-        out = torch.empty_like(capped)
-        weight = None if grad_loss is None else grad_loss * counted
-        for start in range(0, len(capped), CappedLoss.ROWS):
-            rows = slice(start, start + CappedLoss.ROWS)
-            logits = capped[rows].float()
-            part = torch.zeros_like(logits) if grad_logits is None else grad_logits[rows].float()
-            if weight is not None:
-                chances = (logits - normaliser[rows, None]).exp_()
-                chances.scatter_add_(1, safe[rows, None], chances.new_full((len(chances), 1), -1.0))
-                part = chances.mul_(weight[rows, None]).add_(part)
-            # The slope of the cap, 1 − (y / cap)².
-            out[rows] = part.mul_(logits.div_(ctx.cap).square_().neg_().add_(1))
-        return out, None, None, None
-
-
-def capped_loss(
-    logits: torch.Tensor,
-    labels: torch.Tensor | None,
-    cap: float,
-    num_items_in_batch: torch.Tensor | int | None = None,
-    ignore_index: int = -100,
-    shift_labels: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Capped logits over `logits` `[B·T, V]`, and transformers' causal loss with its arguments.
-
-    Labels are `[B, T]`. The loss is the mean over the counted tokens, or their sum over `num_items_in_batch`.
-    """
-    if shift_labels is None:
-        assert labels is not None
-        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    flat = shift_labels.reshape(-1).to(logits.device)
-    capped, total = CappedLoss.apply(logits, flat, ignore_index, cap)
-    count = (flat != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
-    return capped, total / torch.as_tensor(count, device=total.device)
-
-
-class RGLRU(nn.Module):
-    """The real-gated linear recurrent unit: h_t = a_t h_{t-1} + √(1 − a_t²) (i_t x_t), a and i gates of x_t."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        heads, width = config.num_attention_heads, config.lru_width // config.num_attention_heads
-        self.recurrent_param = nn.Parameter(torch.empty(config.lru_width))
-        self.input_gate_weight = nn.Parameter(torch.empty(heads, width, width))
-        self.input_gate_bias = nn.Parameter(torch.empty(heads, width))
-        self.recurrent_gate_weight = nn.Parameter(torch.empty(heads, width, width))
-        self.recurrent_gate_bias = nn.Parameter(torch.empty(heads, width))
-
-    def _gate(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """σ of a block-diagonal product: `x` `[B, T, R]` in, the same out in fp32."""
-        heads = x.flatten(0, 1).unflatten(-1, weight.shape[:2]).transpose(0, 1)  # [H, B·T, W]
-        gate = torch.baddbmm(bias[:, None], heads, weight).transpose(0, 1).reshape(x.shape)
-        return torch.sigmoid(gate.float())
-
-    def forward(self, x: torch.Tensor, shared: Pass, h0: torch.Tensor | None) -> torch.Tensor:
-        """`x` is `[B, T, R]`, `h0` `[B, R]` in fp32; returns every h `[B, T, R]` in fp32."""
-        log_a = self._gate(x, self.recurrent_gate_weight, self.recurrent_gate_bias)
-        log_a = times(log_a, -DECAY_POWER * nn.functional.softplus(self.recurrent_param.float()))
-        # Without a graph the plain operations, in place, do the same with less.
-        learning = log_a.requires_grad
-        scale = InputScale.apply(log_a) if learning else (2 * log_a).expm1_().neg_().sqrt_()
-        # The first input of a text enters whole.
-        if shared.fresh:
-            scale = scale.index_fill(1, torch.zeros(1, dtype=torch.long, device=x.device), 1.0)
-        elif shared.starts is not None:
-            scale = scale.masked_fill(shared.starts[..., None], 1.0)
-        gated = self._gate(x, self.input_gate_weight, self.input_gate_bias)
-        gated, a = (x * gated * scale, log_a.exp()) if learning else (gated.mul_(x).mul_(scale), log_a.exp_())
-        if shared.real is not None:
-            # Padding neither adds to the state nor lets it fade.
-            gated, a = gated * shared.real[..., None], a.masked_fill(~shared.real[..., None], 1.0)
-        return linear_scan(gated, a, h0, shared.starts)[0]
-
-
-class RecurrentBlock(nn.Module):
-    """Griffin's recurrent block: a short causal convolution and the RG-LRU, gated by a second branch."""
+class Recurrence(RecurrentBlock):
+    """The recurrent block, from this model's configuration, with its memory in this model's cache."""
 
     def __init__(self, config: Any, layer: int) -> None:
-        super().__init__()
+        width, lru_width, heads = config.hidden_size, config.lru_width, config.num_attention_heads
+        super().__init__(width, lru_width, heads, config.conv1d_width, config.hidden_activation)
         self.layer_idx = layer
-        width, lru_width, in_std = config.hidden_size, config.lru_width, config.hidden_size**-0.5
-        self.linear_y = with_start(nn.Linear(width, lru_width), in_std)
-        self.linear_x = with_start(nn.Linear(width, lru_width), in_std)
-        self.linear_out = with_start(
-            nn.Linear(lru_width, width), (config.final_w_init_variance_scale / lru_width) ** 0.5
-        )
-        # Holds the weights under their published names; `_convolve` computes with them.
-        self.conv_1d = nn.Conv1d(config.lru_width, config.lru_width, config.conv1d_width, groups=config.lru_width)
-        self.rg_lru = RGLRU(config)
-        self.act_fn = ACT2FN[config.hidden_activation]
+        with_start(self.linear_y, width**-0.5)
+        with_start(self.linear_x, width**-0.5)
+        with_start(self.linear_out, (config.final_w_init_variance_scale / lru_width) ** 0.5)
 
-    def _convolve(self, inputs: torch.Tensor, shared: Pass) -> torch.Tensor:
-        """Channelwise causal convolution of `inputs` `[B, C - 1 + T, R]`; returns `[B, T, R]`."""
-        bias = self.conv_1d.bias
-        assert bias is not None
-        tokens = inputs.shape[1] - self.conv_1d.kernel_size[0] + 1
-        if tokens == 1 and shared.since_start is None:
-            # Decoding is a matter of how many small operations there are.
-            return (inputs * self.conv_1d.weight[:, 0].T).sum(1, keepdim=True) + bias
-        taps = self.conv_1d.weight[:, 0].unbind(-1)
-        out = torch.addcmul(bias, inputs[:, len(taps) - 1 :], taps[-1])
-        for distance in range(1, len(taps)):
-            start = len(taps) - 1 - distance
-            reached = inputs[:, start : start + tokens]
-            if shared.since_start is not None:
-                reached = reached * (shared.since_start >= distance)[..., None]
-            out.addcmul_(reached, taps[start])
-        return out
-
-    def forward(self, x: torch.Tensor, shared: Pass) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, shared: Pass) -> torch.Tensor:  # type: ignore[override]
         """`x` is `[B, T, D]`; returns `[B, T, D]`."""
-        gate = self.act_fn(self.linear_y(x))
-        x = self.linear_x(x)
-        if shared.real is not None:
-            x = x * shared.real[..., None]
-        if shared.cache is None:
-            x = self._convolve(nn.functional.pad(x, (0, 0, self.conv_1d.kernel_size[0] - 1, 0)), shared)
-            h = self.rg_lru(x, shared, None)
-        else:
-            layer = shared.cache.layers[self.layer_idx]
-            assert isinstance(layer, RecurrentLayer)
-            x = self._convolve(layer.with_inputs(x, shared.input_order), shared)
-            h = self.rg_lru(x, shared, layer.state())
-            layer.store_states(h)
-        return self.linear_out(times(gate, h.to(gate.dtype)))
+        layer = shared.cache.layers[self.layer_idx] if shared.cache is not None else None
+        assert layer is None or isinstance(layer, RecurrentLayer)
+        return super().forward(x, shared.timeline, layer)
 
 
 class MLP(nn.Module):
@@ -408,7 +222,7 @@ class RecurrentGemmaLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: Any, layer: int) -> None:
         super().__init__()
-        mixer = RecurrentBlock if block_type(config, layer) == "recurrent" else Attention
+        mixer = Recurrence if block_type(config, layer) == "recurrent" else Attention
         self.temporal_pre_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.temporal_block = mixer(config, layer)
         self.channel_pre_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -511,14 +325,7 @@ class RecurrentGemmaPreTrainedModel(PreTrainedModel):
         elif isinstance(module, RMSNorm):
             init.zeros_(module.weight)
         elif isinstance(module, RGLRU):
-            std = (config.w_init_variance_scale / module.input_gate_weight.shape[1]) ** 0.5
-            for weight in (module.input_gate_weight, module.recurrent_gate_weight):
-                init.normal_(weight, mean=0.0, std=std)
-            for bias in (module.input_gate_bias, module.recurrent_gate_bias):
-                init.zeros_(bias)
-            # a = exp(−8 · gate · softplus(Λ)); Λ is chosen so that softplus(Λ) = −log(a) for the drawn a.
-            square = torch.empty_like(module.recurrent_param).uniform_(0.9**2, 0.999**2)
-            init.copy_(module.recurrent_param, torch.log(torch.expm1(-0.5 * torch.log(square))))
+            module.fresh_start(config.w_init_variance_scale)
 
 
 class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
@@ -656,11 +463,7 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
             sin=sin,
             segments=segments,
             cache=cache,
-            fresh=fresh,
-            starts=starts,
-            since_start=since_start,
-            real=real,
-            input_order=input_order,
+            timeline=Timeline(fresh, starts, since_start, real, input_order),
             key_order=key_order,
             restore=restore,
             attentions=[] if whole else None,
@@ -734,7 +537,7 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         if record is not None:
             record[-1] = x
         if cache is not None:
-            cache.commit(x.shape[0], x.shape[1], shared.real, shared.document_tokens)
+            cache.commit(x.shape[0], x.shape[1], shared.timeline.real, shared.document_tokens)
         output = BaseModelOutputWithPast(
             last_hidden_state=align_right(x, shared.restore, dim=1),
             past_key_values=cache,

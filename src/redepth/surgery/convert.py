@@ -63,22 +63,24 @@ def recurrent_config(source: Source, family: Family, plan: Plan, **changes: Any)
     if family.windows == "every_layer" and window is not None:
         layer_types = ["sliding_attention"] * plan.num_layers
     kept_types = [layer_types[layer] for layer in plan.layers] if layer_types else []
-    if "sliding_attention" in kept_types:
+    if set(kept_types) - {"full_attention"}:
         values["layer_types"] = kept_types
-    else:
+    if "sliding_attention" not in kept_types:
         values["sliding_window"] = None
+    if family.max_tokens is not None:
+        values["block_size"] = family.max_tokens
     if values.get("rope_layers"):
         values["rope_layers"] = [values["rope_layers"][layer] for layer in plan.layers]
 
     rope = given.rope_parameters
     nested = {kind: part for kind, part in rope.items() if isinstance(part, dict)}
     for part in nested.values() or [rope]:
-        if part.get("rope_type") not in ROPE_TYPES or part.get("partial_rotary_factor", 1.0) != 1.0:
+        partial = part.get("partial_rotary_factor", 1.0) != 1.0
+        if part.get("rope_type") not in ROPE_TYPES or (partial and part["rope_type"] != "default"):
             raise RedepthError(f"source {source.name!r} has rope {part}, but redepth has only {', '.join(ROPE_TYPES)}")
     kinds = set(kept_types) or {"full_attention"}
     values["rope_parameters"] = {kind: dict(nested[kind]) for kind in kinds} if nested else dict(rope)
 
-    width = values["n_embd"]
     return RecurrentDepthConfig(
         **values
         | {
@@ -91,7 +93,7 @@ def recurrent_config(source: Source, family: Family, plan: Plan, **changes: Any)
             "qk_bias": False,
             "norm_before_coda": False,
             "state_scale": 1.0,
-            "init_values": {"embed_scale": 1.0 if family.embed_scale == "one" else width**0.5},
+            "init_values": {"embed_scale": family.embed_factor(values["n_embd"])},
             "bos_token_id": given.bos_token_id,
             "eos_token_id": given.eos_token_id,
             "pad_token_id": given.pad_token_id,
@@ -347,7 +349,7 @@ def convert(
     Tensors are read, fused and written one at a time; memory stays near one shard.
 
     Args:
-        source: hub id, local folder, `.gguf` file or built-in name.
+        source: hub id, local folder, `.gguf` or `.pt` file, or built-in name.
         out: folder to write; must not exist unless `overwrite`.
         prelude, core, coda: source layers as Python slices, such as `"0:10"`. Without them every layer is kept and
             the middle fifth is the core; with a core alone, what is before and after it.

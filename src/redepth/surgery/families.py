@@ -4,10 +4,12 @@ from functools import cache
 from importlib import resources
 from typing import Any, Literal
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from redepth.errors import RedepthError
+from redepth.modeling.configuration import RECURRENCE
 
 
 class Derived(BaseModel):
@@ -15,7 +17,7 @@ class Derived(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
     source: str
-    via: Literal["inverse_sqrt", "booleans"]
+    via: Literal["inverse_sqrt", "booleans", "half", "griffin_layers"]
 
     def __init__(self, **data: Any) -> None:
         if "from" in data:  # a reserved word in Python, the natural one in YAML
@@ -23,7 +25,14 @@ class Derived(BaseModel):
         super().__init__(**data)
 
     def apply(self, value: Any) -> Any:
-        return value**-0.5 if self.via == "inverse_sqrt" else [bool(entry) for entry in value]
+        if self.via == "inverse_sqrt":
+            return value**-0.5
+        if self.via == "half":
+            return value // 2
+        if self.via == "booleans":
+            return [bool(entry) for entry in value]
+        # Some versions of transformers give the names of the checkpoint, some their own.
+        return [{"recurrent": RECURRENCE, "attention": "sliding_attention"}.get(entry, entry) for entry in value]
 
 
 class Switches(BaseModel):
@@ -33,6 +42,8 @@ class Switches(BaseModel):
     activation: Literal["silu", "gelu_pytorch_tanh"]
     qk_norm: Literal["head", "full"] | None
     qkv_bias: bool
+    proj_bias: bool = False
+    mlp_bias: bool = False
 
 
 class Family(BaseModel):
@@ -42,9 +53,11 @@ class Family(BaseModel):
         switches: what the family's blocks look like, in the config's words.
         embed_scale: factor on the token embedding.
         windows: which layers attend through the sliding window.
+        max_tokens: the longest text, where the source's config has no limit.
         requires: source config values without which the block would not be the same; any other is refused.
         outer, layer: the weight table, redepth's tensor ← the source's, several where redepth fuses them (rows stacked
             in the order given). Read backwards it splits them again.
+        layer_of_type: what layers of a type have beside `layer`, by redepth's layer type.
         layer_prefix: where the source keeps its layers.
         ignored: endings of tensors that hold no weights.
     """
@@ -55,18 +68,35 @@ class Family(BaseModel):
     model_type: str
     config: dict[str, str | Derived]
     switches: Switches
-    embed_scale: Literal["one", "sqrt_width"]
+    embed_scale: Literal["one", "sqrt_width", "sqrt_width_in_bfloat16"]
     windows: Literal["none", "by_layer", "every_layer"]
+    max_tokens: int | None = None
     requires: dict[str, list[Any]]
     outer: dict[str, str]
     layer_prefix: str
     layer: dict[str, str | list[str]]
+    layer_of_type: dict[str, dict[str, str | list[str]]] = {}
     ignored: list[str]
 
-    def layer_sources(self, target: str) -> list[str]:
-        """The source's tensors, by their names within a layer, that make redepth's `target`."""
-        sources = self.layer[target]
-        return [sources] if isinstance(sources, str) else sources
+    def layer_sources(self, layer_type: str | None = None) -> dict[str, list[str]]:
+        """redepth's tensors of a layer, and the source's, by their names within a layer, that make each.
+
+        Args:
+            layer_type: the tensors of any type by default.
+        """
+        types = self.layer_of_type if layer_type is None else [layer_type]
+        tables = [self.layer, *(self.layer_of_type.get(kind, {}) for kind in types)]
+        return {
+            target: [sources] if isinstance(sources, str) else sources
+            for table in tables
+            for target, sources in table.items()
+        }
+
+    def embed_factor(self, width: int) -> float:
+        """Factor on the token embedding of a model `width` wide."""
+        if self.embed_scale == "sqrt_width_in_bfloat16":
+            return float(torch.tensor(width**0.5, dtype=torch.bfloat16))
+        return 1.0 if self.embed_scale == "one" else width**0.5
 
 
 def merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:

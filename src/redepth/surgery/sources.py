@@ -1,4 +1,4 @@
-"""Where a conversion reads from: a hub id, a local folder, a `.gguf` file or a built-in name.
+"""Where a conversion reads from: a hub id, a local folder, a `.gguf` or `.pt` file or a built-in name.
 
 Every kind gives the same things: configuration, tensors one at a time by their transformers names, tokenizer, licence.
 """
@@ -281,12 +281,18 @@ def open_source(name: str | Path) -> Source:
     if path.is_file():
         if path.suffix == ".gguf":
             return GGUFSource(text, path)
-        raise RedepthError(f"source {text!r} is a file but not a .gguf; give the folder that holds the checkpoint")
+        if path.suffix == ".pt":
+            from .deepmind import DeepMindSource
+
+            return DeepMindSource(text, path)
+        raise RedepthError(
+            f"source {text!r} is a file but neither a .gguf nor a .pt; give the folder that holds the checkpoint"
+        )
     if path.is_dir():
         if not (path / "config.json").exists():
             raise RedepthError(f"source {text!r} is a folder without config.json; give a transformers checkpoint")
         return SafetensorsSource(text, path)
-    if text.startswith((".", "/", "~")) or text.count("/") > 1 or path.suffix == ".gguf":
+    if text.startswith((".", "/", "~")) or text.count("/") > 1 or path.suffix in (".gguf", ".pt"):
         raise RedepthError(f"source {text!r} does not exist")
     try:
         folder = snapshot_download(

@@ -82,7 +82,7 @@ def compare(name: str, num_steps: int, wanted: torch.Tensor, got: torch.Tensor, 
 
 def sample_tokens(source: Source, length: int = TOKENS) -> tuple[torch.Tensor, str]:
     """Real text for the comparison, `[ROWS, length]`, and what it is; seeded tokens where there is no tokenizer."""
-    length = min(length, source.config.max_position_embeddings)
+    length = min(length, getattr(source.config, "max_position_embeddings", length))
     tokenizer = source.tokenizer
     if tokenizer is None:
         generator = torch.Generator().manual_seed(0)
@@ -97,7 +97,10 @@ def _cut(model: Any, plan: Plan) -> Any:
     layers = model.model.layers
     model.model.layers = torch.nn.ModuleList(layers[layer] for layer in plan.layers)
     config = model.model.config
-    if getattr(config, "layer_types", None) is not None:
+    if getattr(config, "block_types", None) is not None:
+        # A pattern that repeats, from which RecurrentGemma's config derives its layer types.
+        config.block_types = [config.block_types[layer % len(config.block_types)] for layer in plan.layers]
+    elif getattr(config, "layer_types", None) is not None:
         config.layer_types = [config.layer_types[layer] for layer in plan.layers]
     config.num_hidden_layers = len(plan.layers)
     return model

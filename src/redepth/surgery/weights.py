@@ -45,22 +45,23 @@ def _rows(target: str, config: RecurrentDepthConfig) -> tuple[int, ...] | None:
     if target.startswith("attn.Wqkv"):
         keys = config.num_key_value_heads * config.head_dim
         return config.n_heads * config.head_dim, keys, keys
-    if target == "mlp.fc.weight":
+    if target.startswith("mlp.fc."):
         return config.intermediate_size, config.intermediate_size
     return None
 
 
 def weight_table(family: Family, plan: Plan, config: RecurrentDepthConfig) -> list[Entry]:
     """Every recurrent tensor but the adapter, in the order in which a checkpoint holds them."""
-    table = []
+    table, position_in_model = [], 0
     for target, source in family.outer.items():
         if not (target == HEAD and config.tie_embeddings):
             table.append(Entry(target, (source,)))
     for group, module in GROUP_MODULES.items():
         for position, layer in enumerate(getattr(plan, group)):
-            for target in family.layer:
-                sources = tuple(f"{family.layer_prefix}.{layer}.{name}" for name in family.layer_sources(target))
+            for target, names in family.layer_sources(config.layer_type(position_in_model)).items():
+                sources = tuple(f"{family.layer_prefix}.{layer}.{name}" for name in names)
                 table.append(Entry(f"transformer.{module}.{position}.{target}", sources, _rows(target, config)))
+            position_in_model += 1
     return table
 
 
@@ -76,8 +77,8 @@ def check_names(family: Family, plan: Plan, table: list[Entry], names: list[str]
     dropped = {
         f"{family.layer_prefix}.{layer}.{name}"
         for layer in plan.dropped
-        for target in family.layer
-        for name in family.layer_sources(target)
+        for names_in_layer in family.layer_sources().values()
+        for name in names_in_layer
     }
     tied_head = {family.outer[HEAD]}  # checked against the embedding where the conversion ties them
     for name in sorted(present - needed - dropped - tied_head):

@@ -1,0 +1,184 @@
+"""The recurrent layers' part of a depth-recurrent model's cache: one memory for every (layer, step).
+
+Shapes: B batch, T new tokens, R width of the recurrence, C taps of the convolution.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .recurrent_state import RecurrentLayer, RowChange
+from .rg_lru import Timeline, scan_on
+
+
+@dataclass
+class Written:
+    """What the tokens of a pass wrote into a recurrent layer at the last step that each of them ran, `[B, T, R]` each."""
+
+    inputs: torch.Tensor  # of the convolution
+    added: torch.Tensor  # √(1 − a²) (i x), in fp32
+    decay: torch.Tensor  # a, in fp32
+
+
+@dataclass
+class Columns:
+    """How a recurrent layer reads the columns of a pass: its padding moved to the left, and back again."""
+
+    timeline: Timeline
+    # `[B, T]`: the caller's columns with padding first, and where each went; None if they stand so already.
+    order: torch.Tensor | None = None
+    restore: torch.Tensor | None = None
+
+
+def read_columns(
+    batch: int,
+    tokens: int,
+    past: int,
+    taps: int,
+    mask: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    cached: bool,
+    device: torch.device,
+) -> Columns:
+    """Where texts start and padding stands in one pass.
+
+    Args:
+        taps: C.
+        mask: `[B, past + T]`, 1 for tokens and 0 for padding; None if all are tokens.
+        positions: `[B or 1, T]`, as the caller gave them, which may mark several documents in a row.
+
+    Raises:
+        ValueError: for a second document in a row beside a mask or a cache, which transformers' masks do not tell apart.
+    """
+    documents = None
+    real = mask[:, -tokens:].bool() if mask is not None else None
+    if positions is not None and tokens > 1:
+        goes_on = torch.diff(positions.expand(batch, -1), dim=1) == 1
+        if real is not None:
+            goes_on = goes_on | ~real[:, 1:] | ~real[:, :-1]
+        if not bool(goes_on.all()):
+            if cached or mask is not None:
+                raise ValueError(
+                    "position_ids start a second document in a row, which a recurrent layer can't honour beside a cache "
+                    "or an attention_mask; pass use_cache=False and no mask"
+                )
+            documents = torch.nn.functional.pad(~goes_on, (1, 0), value=True)
+    if documents is not None:
+        at = torch.arange(tokens, device=device)
+        since_start = at - torch.where(documents, at, 0).cummax(1).values
+        return Columns(Timeline(starts=documents, since_start=since_start))
+    if mask is None:
+        return Columns(Timeline(fresh=past == 0))
+
+    assert real is not None
+    order = restore = input_order = None
+    read = mask[:, :past].sum(1, keepdim=True)
+    if bool(real.all()):
+        starts = (read == 0) & (torch.arange(tokens, device=device) == 0)
+        fresh = bool(starts[:, 0].all())
+        return Columns(Timeline(fresh=fresh, starts=starts if not fresh and bool(starts.any()) else None))
+    counts = real.cumsum(1)
+    order = torch.sort(real.to(torch.uint8), dim=1, stable=True).indices
+    if torch.equal(order, torch.arange(tokens, device=device).expand_as(order)):
+        order = None
+    else:
+        # A padding column after tokens reads as the last of them.
+        restore = tokens - counts[:, -1:] + (counts - 1).clamp(min=0)
+        restore = restore.clamp(max=tokens - 1)
+        real = real.gather(1, order)
+    starts = real & (read + real.cumsum(1) == 1)
+    if past:
+        held = torch.ones(batch, taps - 1, dtype=torch.bool, device=device)
+        input_order = torch.sort(torch.cat([held, real], 1).to(torch.uint8), dim=1, stable=True).indices
+    timeline = Timeline(starts=starts if bool(starts.any()) else None, real=real, input_order=input_order)
+    return Columns(timeline, order, restore)
+
+
+class RecurrentSlots:
+    """Memories of all recurrent layers, one for each step that the cache rule keeps.
+
+    A pass reads what the passes before it left and writes beside it; `commit` makes that the past. So a step may be run
+    again, and the steps that share a memory under `ring-N` all start from the same one, as they do with keys.
+
+    Under `latest` a token is there at steps that it did not run: what it last wrote (its convolution's input, what it
+    added to the state and by what it let the state fade) stands in, as its last keys and values do.
+
+    Args:
+        taps: C.
+        stands_in: whether tokens stand in for themselves at steps that they did not run.
+    """
+
+    def __init__(self, taps: int, stands_in: bool) -> None:
+        self.taps = taps
+        self.stands_in = stands_in
+        self.recording = False
+        self.reset()
+
+    def reset(self) -> None:
+        self.memories: dict[tuple[int, int], RecurrentLayer] = {}
+        # Tokens that a crop may still take back.
+        self.croppable = 0
+        self._start_pass()
+
+    def _start_pass(self) -> None:
+        self._next: dict[tuple[int, int], RecurrentLayer] = {}
+        self._written: dict[int, Written] = {}
+        self._timeline = Timeline()
+
+    def enter(self, layer: int, place: int, timeline: Timeline) -> RecurrentLayer:
+        """The memory of `layer` at a step, to be moved on by this pass.
+
+        Args:
+            place: which of the layer's memories the cache rule gives the step; 0 in prelude and coda.
+        """
+        self._timeline = timeline
+        # Where no token has come this deep, all of them stand as at the deepest step that there is.
+        found = next((self.memories[layer, p] for p in range(place, -1, -1) if (layer, p) in self.memories), None)
+        memory = (found or RecurrentLayer(self.taps)).fork(self.recording)
+        self._next[layer, place] = memory
+        return memory
+
+    def written(self, layer: int) -> Written:
+        """What each token of the pass wrote at the last step that it ran."""
+        return self._written[layer]
+
+    def write(self, layer: int, written: Written) -> None:
+        """Keep what a step wrote: it may have to stand in for deeper ones."""
+        self._written[layer] = written
+
+    def commit(self, tokens: int) -> None:
+        """End a pass over `tokens` columns: what it left is now the past."""
+        for (layer, place), memory in self.memories.items():
+            if (layer, place) in self._next or layer not in self._written:
+                continue
+            written, moved = self._written[layer], memory.fork(self.recording)
+            moved.with_inputs(written.inputs, self._timeline.input_order)
+            scan_on(written.added, written.decay, self._timeline, moved)
+            self._next[layer, place] = moved
+        self.memories |= self._next
+        # Beside padding, a count of columns does not say how many tokens to take back.
+        self.croppable = self.croppable + tokens if self.recording and self._timeline.real is None else 0
+        self._start_pass()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens, of which every state was recorded; a negative number, as transformers counts them.
+
+        Raises:
+            ValueError: for tokens that were not recorded: a state can't be taken back.
+        """
+        if -tokens_to_remove > self.croppable:
+            raise ValueError(
+                f"can't crop {-tokens_to_remove} tokens: the recurrent layers recorded {self.croppable} since the last "
+                "crop or padding; call activate_past_recording() before feeding them"
+            )
+        if self.recording:
+            for memory in self.memories.values():
+                memory.crop(tokens_to_remove)
+            self.croppable = 0
+
+    def map_rows(self, change: RowChange) -> None:
+        for memory in self.memories.values():
+            memory.map_rows(change)
+
+    def memory_bytes(self) -> int:
+        return sum(memory.memory_bytes() for memory in self.memories.values())
