@@ -42,6 +42,13 @@ def test_warm_start_with_a_criterion(model) -> None:
     assert torch.equal(warm, slow_warm_greedy(model, ids, rule="latest", **settings))
 
 
+@pytest.mark.parametrize("rule", ["latest", "ring-2", "first-1-then-last", "latest+ring-2"])
+def test_warm_start_under_cache_rules(model, rule: str) -> None:
+    ids = random_ids(2, 6)
+    warm = model.generate(ids, **OPTIONS, cache_rule=rule, continuous_compute=True)
+    assert torch.equal(warm, slow_warm_greedy(model, ids, rule=rule))
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_rows_carry_their_own_state(model, side: str) -> None:
     short, long = random_ids(1, 4, seed=1), random_ids(1, 7, seed=2)

@@ -7,6 +7,7 @@ on giving transformers' own class; `redepth.load` gives redepth's.
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .errors import RedepthError
+from .evaluation.calibrate import calibrate
 from .loading import load
 from .modeling import (
     RecurrentDepthCache,
@@ -32,6 +33,7 @@ __all__ = [
     "RecurrentGemmaForCausalLM",
     "RecurrentGemmaModel",
     "RedepthError",
+    "calibrate",
     "convert",
     "load",
     "verify",
