@@ -106,6 +106,7 @@ def _prepare(folder: Path, recipe: HealRecipe, work: Path, on_progress: Callable
     if recipe.distill:
         teacher = open_teacher(folder, recipe, config.vocab_size, torch.bfloat16 if bf16 else torch.float32)
         teacher.model.to(arguments.device)
+    trained = set_trainable(model, recipe)
     try:
         trainer = HealTrainer(
             recipe,
@@ -113,15 +114,15 @@ def _prepare(folder: Path, recipe: HealRecipe, work: Path, on_progress: Callable
             on_progress if arguments.process_index == 0 else lambda record: None,
             held_out,
             teacher,
-            model=set_trainable(model, recipe),
+            model=trained,
             args=arguments,
             train_dataset=rows,
             data_collator=default_data_collator,
         )
-    except (RuntimeError, ValueError) as error:
-        if recipe.report_to in str(error) or "report" in str(error) or "installed" in str(error):
-            raise RedepthError(f"report_to {recipe.report_to!r}: {' '.join(str(error).split())}") from None
-        raise
+    except (RuntimeError, ValueError) as error:  # what Trainer raises for a tracker that is not there
+        if recipe.report_to in ("auto", "none"):
+            raise
+        raise RedepthError(f"report_to {recipe.report_to!r}: {' '.join(str(error).split())}") from None
     return _Prepared(trainer, bf16, config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
 
 
