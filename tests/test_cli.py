@@ -227,3 +227,43 @@ def test_mistakes_end_in_one_line(redepth_command, source, checkpoint, tmp_path:
 
 def test_unknown_options_exit_with_two(redepth_command) -> None:
     assert redepth_command("convert", "--cores", "1:2")[0] == 2
+
+
+def test_heal_dry_run_says_what_it_will_be_and_leaves_nothing(redepth_command, checkpoint: Path) -> None:
+    before = sorted(checkpoint.rglob("*"))
+    words = ("heal", checkpoint, "--dry-run", "--sequence-length", "16", "--max-steps", "5", "--eval-depths", "1,3")
+    code, out, _ = redepth_command(*words, "--train", "core+adapter", "--no-separate-documents", "--json")
+    plan = json.loads(out)
+    assert code == 0
+    assert plan["tokens"] == 5 * 8 * 16
+    assert set(plan["trainable"]) == {"core", "adapter"}
+    assert set(plan["loss_before"]) == {"1", "3"}
+    code, out, _ = redepth_command(*words)
+    assert code == 0
+    assert all(word in out for word in ("FLOPs", "GiB", "minutes", "parameters", "r = 3"))
+    assert sorted(checkpoint.rglob("*")) == before
+
+
+def test_every_key_of_the_recipe_is_a_flag(redepth_command) -> None:
+    from redepth.healing.recipe import HealRecipe
+
+    _, out, _ = redepth_command("heal", "--help")
+    shown = "".join(out.split())
+    for key, field in HealRecipe.model_fields.items():
+        assert field.description
+        flag = f"--{key.replace('_', '-')}"
+        assert key == "phases" or flag in shown or f"{flag[:15]}" in shown, key
+
+
+def test_heal_mistakes_leave_nothing(redepth_command, checkpoint: Path) -> None:
+    for words, message in (
+        (("--report-to", "nonsense"), "report_to 'nonsense'"),
+        (("--optimizer", "adamw_bnb_8bit"), "bitsandbytes"),
+        (("--eval-depths", "0,4"), "none below 1"),
+        (("--curriculum", "steep"), "curriculum = 'steep'"),
+        (("--teacher", "nowhere/at/all", "--distill", "0.5"), "does not exist"),
+    ):
+        code, _, err = redepth_command("heal", checkpoint, "--sequence-length", "16", *words)
+        assert (code, len(err.splitlines())) == (2, 1), err
+        assert message in err
+    assert not (checkpoint / "healing").exists()

@@ -142,23 +142,42 @@ def run_to(checkpoint: Path, recipe: HealRecipe, step: int, monkeypatch: pytest.
 
 
 def test_killed_run_follows_the_unbroken_one(unbroken: Path, checkpoint: Path) -> None:
-    """SIGKILL, twice: between checkpoints, and in the middle of writing one."""
+    """SIGKILL as soon as a checkpoint is begun: in the middle of writing it, as a rule."""
     recipe, work = unbroken / "recipe.json", checkpoint / "healing"
     process = start(checkpoint, recipe)
-    wait_for(process, (work / "checkpoint-4" / "run.json").exists)
+    wait_for(process, (work / "checkpoint-6").exists)
     process.send_signal(signal.SIGKILL)
     assert finish(process)[0] == -signal.SIGKILL
     assert not (checkpoint / "healing.json").exists()
-    reached = max(int(folder.name.rpartition("-")[2]) for folder in work.glob("checkpoint-*"))
-    process = start(checkpoint, recipe)
-    ahead = reached + 2
-    wait_for(process, (work / f"checkpoint-{ahead}").exists)
-    process.send_signal(signal.SIGKILL)
-    assert finish(process)[0] == -signal.SIGKILL
     heal(checkpoint, read_heal_recipe(recipe))
     assert_same_curve(checkpoint, unbroken / "out")
     first, second = (redepth.load(folder).state_dict() for folder in (checkpoint, unbroken / "out"))
     assert max((first[name] - second[name]).abs().max().item() for name in first) < 1e-6
+
+
+def test_killed_while_the_healed_model_is_put_in_place(unbroken: Path, checkpoint: Path) -> None:
+    """Between the two renames there is no folder; the next call finds what was put aside, and finishes."""
+    recipe = read_heal_recipe(unbroken / "recipe.json")
+    rename, done = os.replace, []
+
+    def killed(old: Path, new: Path) -> None:
+        rename(old, new)
+        if Path(old) == checkpoint:
+            done.append(new)
+            raise _Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("redepth.surgery.folder.os.replace", killed)
+        patch.setattr("redepth.surgery.folder.shutil.rmtree", lambda *args, **kwargs: None)
+        with pytest.raises(_Stop):
+            heal(checkpoint, recipe)
+    assert done and not checkpoint.exists()
+    kept = checkpoint.parent / f".{checkpoint.name}.notes"
+    kept.mkdir()
+    heal(checkpoint, recipe)
+    assert_same_curve(checkpoint, unbroken / "out")
+    assert f'from_pretrained("{checkpoint.name}"' in (checkpoint / "README.md").read_text()
+    assert [folder for folder in checkpoint.parent.iterdir() if folder.name.startswith(".")] == [kept]
 
 
 def test_sigterm_saves_and_the_same_call_goes_on(

@@ -12,7 +12,7 @@ from redepth.evaluation.held_out import next_token_loss
 from redepth.healing.recipe import read_heal_recipe
 from redepth.retrofit import read_retrofit_recipe, retrofit
 from redepth.surgery.plan import make_plan
-from redepth.surgery.sources import BUILT_INS
+from redepth.surgery.sources import BUILT_INS, open_source
 from redepth.surgery.weights import parse_adapter
 from tests.test_healing import SHORT, byte_tokenizer
 from tests.test_healing_data import write_letters
@@ -83,16 +83,18 @@ def test_a_checkpoints_own_recipe_makes_it_again(recipe_file: Path, tmp_path: Pa
 
 
 def test_source_loss_equals_transformers(recipe_file: Path) -> None:
-    from redepth.surgery.sources import open_source
-
     model = open_source(recipe_file.parent / "source").reference_model()
     tokens = random_ids(3, 11)
     assert next_token_loss(model, tokens) == pytest.approx(model(tokens, labels=tokens).loss.item(), abs=1e-5)
 
 
-def test_retrofit_refuses_what_does_not_fit(recipe_file: Path, tmp_path: Path) -> None:
+def test_retrofit_refuses_what_does_not_fit(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = read_retrofit_recipe(recipe_file)
     retrofit(recipe, tmp_path / "out")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RedepthError, match="one process"):
+        retrofit(recipe, tmp_path / "out")
+    monkeypatch.delenv("WORLD_SIZE")
     content = json.loads(recipe_file.read_text())
     for section, change, message in (
         ("convert", {"core": "3:4"}, "another conversion"),

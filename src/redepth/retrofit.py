@@ -1,5 +1,6 @@
 """A retrofit: convert, heal, calibrate and evaluate as one recipe, each part done once."""
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -110,6 +111,8 @@ def retrofit(
     Raises:
         RedepthError: where a part fails, or `out` holds what another recipe made.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RedepthError("retrofit is for one process; convert first, then run redepth heal in several")
     folder = Path(out)
     tell = on_progress or (lambda record: None)
     _convert(recipe.convert, folder, tell)

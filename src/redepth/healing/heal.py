@@ -1,5 +1,6 @@
 """The healing run from end to end: prepare, look before, train, look after, save."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from redepth.surgery.folder import (
     HEALING_FILE,
     read_json,
     read_recipe,
+    recover,
     whole_folder,
     write_json,
     write_jsonl,
@@ -99,6 +101,11 @@ def _prepare(folder: Path, recipe: HealRecipe, work: Path, on_progress: Callable
         raise RedepthError("precision bf16 asked for, but this processor has no bf16 matrix products; use auto or fp32")
     bf16 = recipe.precision != "fp32" and processor_has_bf16()
     arguments = training_arguments(recipe, work, bf16)
+    if arguments.n_gpu > 1:
+        raise RedepthError(
+            f"{arguments.n_gpu} GPUs are visible to one process; use torchrun --nproc-per-node {arguments.n_gpu} -m "
+            "redepth heal …, or set CUDA_VISIBLE_DEVICES to one"
+        )
     rows, held_out = training_and_held_out(tokenizer, recipe)
 
     if not torch.cuda.is_available():
@@ -109,6 +116,7 @@ def _prepare(folder: Path, recipe: HealRecipe, work: Path, on_progress: Callable
     if recipe.distill:
         teacher = open_teacher(folder, recipe, config.vocab_size, torch.bfloat16 if bf16 else torch.float32)
         teacher.model.to(arguments.device)
+    trained = set_trainable(model, recipe)
     try:
         trainer = HealTrainer(
             recipe,
@@ -116,15 +124,15 @@ def _prepare(folder: Path, recipe: HealRecipe, work: Path, on_progress: Callable
             on_progress if arguments.process_index == 0 else lambda record: None,
             held_out,
             teacher,
-            model=set_trainable(model, recipe),
+            model=trained,
             args=arguments,
             train_dataset=rows,
             data_collator=default_data_collator,
         )
-    except (RuntimeError, ValueError) as error:
-        if recipe.report_to in str(error) or "report" in str(error) or "installed" in str(error):
-            raise RedepthError(f"report_to {recipe.report_to!r}: {' '.join(str(error).split())}") from None
-        raise
+    except (RuntimeError, ValueError) as error:  # what Trainer raises for a tracker that is not there
+        if recipe.report_to in ("auto", "none"):
+            raise
+        raise RedepthError(f"report_to {recipe.report_to!r}: {' '.join(str(error).split())}") from None
     return _Prepared(trainer, bf16, config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
 
 
@@ -192,6 +200,8 @@ def heal(
     recipe = recipe or HealRecipe()
     folder = Path(checkpoint)
     target = Path(out) if out is not None else folder
+    if os.environ.get("RANK", "0") == "0":
+        recover(target)
     if target != folder and target.exists():
         raise RedepthError(f"{target} already exists; give another folder for the healed model")
     work = folder / WORK_FOLDER
@@ -288,5 +298,5 @@ def _save(
         if (work / "runs").is_dir():
             shutil.copytree(work / "runs", beside / "runs")
         write_recipe(beside, read_recipe(folder) | {"heal": recipe.model_dump(mode="json")})
-        write_card(beside)
+        write_card(beside, target.resolve().name)
     shutil.rmtree(work, ignore_errors=True)

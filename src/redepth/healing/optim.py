@@ -54,7 +54,7 @@ def _with_lora(model: RecurrentDepthForCausalLM, recipe: HealRecipe) -> nn.Modul
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
-        raise RedepthError("train: lora needs the package peft; run: pip install peft") from None
+        raise RedepthError("train: lora needs the package peft; run: pip install redepth[lora]") from None
     for group in recipe.lora_groups:
         if not len(model.transformer[MODULE_OF_GROUP[group]]):  # type: ignore[arg-type]
             raise RedepthError(f"lora_groups names {group!r}, but this model has no layers there")

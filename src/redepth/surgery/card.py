@@ -105,10 +105,13 @@ def _text_licences(sources: list[dict[str, Any]]) -> str:
     return "\n\n" + _table(["training text", "licence"], list(rows.values())) if rows else ""
 
 
-def write_card(folder: Path) -> None:
-    """Write README.md from the folder's config, recipe, verification and healing records.
+def write_card(folder: Path, name: str | None = None) -> None:
+    """Write README.md from the folder's config, recipe, verification, healing and evaluation records.
 
     The card of a checkpoint that redepth did not convert is its owner's and stays as it is.
+
+    Args:
+        name: what the folder will be called, where it is not called so yet.
     """
     recipe = read_recipe(folder)
     if "convert" not in recipe:
@@ -128,7 +131,7 @@ def write_card(folder: Path) -> None:
     sections = [
         f"# {base_model}, depth-recurrent",
         "A language model that loops its core as often as you ask: `num_steps` is the number of passes.",
-        USAGE.format(name=folder.name.lstrip("."), num_steps=config.default_num_steps),
+        USAGE.format(name=name or folder.resolve().name, num_steps=config.default_num_steps),
         "## Plan\n\n" + _plan_section(recipe["convert"], base_model),
         "## Verification\n\n" + _verification_section(read_json(folder / VERIFICATION_FILE)),
         "## Healing\n\n" + _healing_section(healing),

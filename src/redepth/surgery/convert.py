@@ -224,7 +224,7 @@ class Conversion:
                 tokenizer.save_pretrained(folder)
             self.source.generation_config().save_pretrained(folder)
             write_recipe(folder, self.recipe())
-            write_card(folder)
+            write_card(folder, out.resolve().name)
         return out
 
 

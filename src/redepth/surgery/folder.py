@@ -1,7 +1,9 @@
 """A checkpoint folder as redepth keeps it: written whole or not at all, with the record of how it was made."""
 
+import glob
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -46,13 +48,26 @@ def write_jsonl(file: Path, records: list[dict[str, Any]]) -> None:
     file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
+def recover(out: Path) -> None:
+    """Clear up after a process that was killed inside `whole_folder(out)`.
+
+    What was being replaced is put back, and what was not finished is removed.
+    """
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*"):
+        kind = re.fullmatch(r"\.(old|new)\.\w{8}", left.name.removeprefix(f".{out.name}"))
+        if kind is not None and left.is_dir():
+            if kind[1] == "old" and not out.exists() and (left / out.name).exists():
+                os.replace(left / out.name, out)
+            shutil.rmtree(left)
+
+
 @contextmanager
 def whole_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder to write beside `out`, which takes its place when the block ends well and vanishes when it does not."""
     if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
         raise RedepthError(f"{out} already exists; give another folder or --overwrite")
     out.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.new.", dir=out.parent))
     beside.chmod(0o755)
     try:
         yield beside
