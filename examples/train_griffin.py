@@ -2,6 +2,7 @@
 
     python examples/train_griffin.py                 # about three minutes
     python examples/train_griffin.py --seconds 60
+    python examples/train_griffin.py --save ./griffin    # for redepth convert ./griffin ./griffin-deep
 
 The text is what `help()` prints for the language's topics and what the standard library says of itself, so no download
 is needed. Tokens are bytes. One byte in twenty of the text is held out for the loss that is shown.
@@ -13,9 +14,13 @@ import inspect
 import math
 import sys
 import time
+from pathlib import Path
 from pydoc_data import topics
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from redepth.modeling.recurrent_gemma import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
@@ -52,11 +57,21 @@ def built_in_text() -> str:
     return "\n\n".join(dict.fromkeys(parts))
 
 
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer whose ids are the text's bytes; 0, which never occurs, ends a document."""
+    letters = bytes_to_unicode()
+    tokenizer = Tokenizer(models.BPE(vocab={letter: byte for byte, letter in letters.items()}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=letters[0], eos_token=letters[0])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=170.0, help="time for training")
     parser.add_argument("--prompt", default="The for statement is used to")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save", type=Path, help="write model and tokenizer there")
     options = parser.parse_args()
 
     torch.manual_seed(options.seed)
@@ -126,6 +141,9 @@ def main() -> None:
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=400, do_sample=True, temperature=0.7, top_k=40
     )
     print("\n" + bytes(written[0].tolist()).decode(errors="replace"))
+    if options.save is not None:
+        model.save_pretrained(options.save)
+        byte_tokenizer().save_pretrained(options.save)
     if last >= first:
         sys.exit("the loss did not fall")
 

@@ -12,7 +12,9 @@ from redepth.analysis.inspect import cache_bytes_per_token, recurrent_bytes
 from redepth.errors import RedepthError
 from redepth.healing.recipe import HealRecipe
 from redepth.healing.trainer import heal
+from redepth.modeling.rg_lru import BLOCK
 from redepth.surgery.convert import plan_conversion
+from redepth.surgery.weights import to_source
 from tests.test_healing import SHORT, byte_tokenizer
 from tests.test_recurrent_gemma import VARIANTS
 from tests.test_recurrent_gemma import make_model as make_recurrent_gemma
@@ -175,6 +177,50 @@ def test_a_second_document_beside_a_cache_or_a_mask_is_refused(models) -> None:
     for inputs in ({"use_cache": True}, {"use_cache": False, "attention_mask": torch.ones_like(ids)}):
         with pytest.raises(ValueError, match="second document in a row"):
             model(ids, position_ids=positions, num_steps=1, **inputs)
+
+
+def test_a_cache_of_another_model_is_refused(models, zoo) -> None:
+    other = plan_conversion(zoo["llama"], core="2:4").model()
+    for model, config in ((models["hawk"], other.config), (other, models["hawk"].config)):
+        with pytest.raises(ValueError, match="made for a model with other layers"):
+            model(random_ids(1, 3), num_steps=1, past_key_values=RecurrentDepthCache(config))
+
+
+def gradients(model, num_steps, **inputs) -> dict[str, torch.Tensor]:
+    ids = random_ids(2, 11)
+    model.zero_grad()
+    model(ids, labels=ids, num_steps=num_steps, use_cache=False, **inputs).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["griffin", "hawk"])
+def test_gradients_equal_the_sources(zoo, name: str) -> None:
+    """Full cover through `inject`: the gradients of transformers' class, tensor by tensor."""
+    conversion = plan_conversion(zoo[name], core="2:4", adapter="inject")
+    source, ids = conversion.source.reference_model(), random_ids(2, 11)
+    source(ids, labels=ids, use_cache=False).loss.backward()
+    wanted = {key: parameter.grad for key, parameter in source.named_parameters()}
+    got = gradients(conversion.model().train(), 1)
+    for key, gradient in to_source(conversion.table, got.__getitem__):
+        torch.testing.assert_close(gradient, wanted[key], **CLOSE, msg=key)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(zoo) -> None:
+    model = plan_conversion(zoo["griffin"], "0:2", "2:4", "4:6", adapter="blend:0.4").model().train()
+    plain = gradients(model, (1, 2))
+    model.gradient_checkpointing_enable()
+    for key, gradient in gradients(model, (1, 2)).items():
+        torch.testing.assert_close(gradient, plain[key], msg=key)
+
+
+def test_a_long_prompt_in_blocks_equals_the_whole(models) -> None:
+    model, ids = models["hawk"], random_ids(1, 2 * BLOCK + 5)
+    model.config.block_size = 4096
+    whole = model(ids, num_steps=2, use_cache=False).logits
+    with torch.no_grad():
+        for rule in ("full", "latest"):
+            got = model(ids, num_steps=2, cache_rule=rule).logits
+            torch.testing.assert_close(got, whole, **CLOSE)
 
 
 @pytest.mark.parametrize(

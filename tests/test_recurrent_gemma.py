@@ -16,6 +16,7 @@ from redepth.modeling.recurrent_gemma import (
     attention_segments,
 )
 from redepth.modeling.recurrent_gemma_cache import RecurrentGemmaCache
+from redepth.modeling.rg_lru import BLOCK
 
 TINY = {
     "vocab_size": 61,
@@ -249,6 +250,17 @@ def test_any_cutting_of_the_text_gives_the_same_logits(variant, cuts):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_long_prompt_in_blocks_equals_the_whole(dtype):
+    """Without a gradient a long prompt is worked on some tokens at a time, with and without a cache."""
+    model, ids = make_model(lru_width=48).to(dtype), make_ids(2, 2 * BLOCK + 9)
+    whole = model(ids, use_cache=False).logits
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    with torch.no_grad():
+        assert_near(model(ids, use_cache=False).logits, whole, tolerance)
+        assert_near(read(model, ids, 3, BLOCK + 5)[0], whole, tolerance)
+
+
 def test_two_interleaved_generations_do_not_meet():
     model = make_model()
     first, second = make_ids(1, 30, seed=1), make_ids(1, 30, seed=2)

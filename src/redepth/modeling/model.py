@@ -222,6 +222,10 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                 f"past_key_values is a {type(cache).__name__}, but a depth-recurrent model needs a RecurrentDepthCache; "
                 "leave it out to get one"
             )
+        if cache is not None and (cache.recurrent is not None) != self.config.has_recurrence:
+            raise ValueError(
+                "past_key_values was made for a model with other layers; leave it out to get a fitting one"
+            )
         batch, tokens, _ = hidden.shape
         past = cache.get_seq_length() if cache is not None else 0
         total = past + tokens
