@@ -1,6 +1,8 @@
 """Healing: data, curriculum, resume, gradients, and the record it leaves."""
 
 import json
+import os
+import platform
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from redepth.errors import RedepthError
 from redepth.evaluation.loss import loss_by_depth
 from redepth.healing.curriculum import depth_of_step, learning_rate_factor, mean_recurrence
 from redepth.healing.data import PackedText, open_text, rows_of, training_and_held_out
+from redepth.healing.memory import keep_freed_memory
 from redepth.healing.recipe import HealRecipe, read_heal_recipe
 from redepth.healing.trainer import HealTrainer, check_gradients, heal
 from redepth.presets import preset_config
@@ -240,3 +243,16 @@ def test_flags_go_over_the_file_and_mistakes_are_named(tmp_path: Path) -> None:
 def test_row_longer_than_the_model(checkpoint: Path) -> None:
     with pytest.raises(RedepthError, match="128 tokens the model allows"):
         heal(checkpoint, HealRecipe(**SHORT | {"sequence_length": 256}))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_stays_with_the_process() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    assert keep_freed_memory()
+    size = 2**27
+    held = torch.ones(size, dtype=torch.uint8)
+    before = resident()
+    del held
+    assert resident() > before - size / 2

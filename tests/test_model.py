@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import redepth
 from redepth import RecurrentDepthCache, RecurrentDepthForCausalLM
 from redepth.modeling.depth import sample_num_steps, split_num_steps
+from redepth.modeling.loss import chunked_cross_entropy
 from redepth.modeling.state import position_noise
 from redepth.surgery.convert import plan_conversion
 from tests.test_golden import FOLDER as HUGINN
@@ -304,8 +305,10 @@ def test_gradients_reach_every_parameter_and_truncate(models) -> None:
 
 
 @pytest.mark.parametrize("items", [None, 5])
-def test_loss_in_chunks_equals_the_whole(models, monkeypatch, items) -> None:
-    model, ids = models["gemma2"], random_ids(2, 13)
+@pytest.mark.parametrize("family", ["gemma2", "llama"])
+def test_loss_in_chunks_equals_the_whole(models, monkeypatch, family, items) -> None:
+    """Tied and soft-capped, and neither."""
+    model, ids = models[family], random_ids(2, 13)
     labels = ids.clone()
     labels[0, :4] = -100
     kwargs = {} if items is None else {"num_items_in_batch": items}
@@ -313,10 +316,37 @@ def test_loss_in_chunks_equals_the_whole(models, monkeypatch, items) -> None:
     results = []
     for loss_only in (False, True):
         output = model(ids, labels=labels, num_steps=2, loss_only=loss_only, use_cache=False, **kwargs)
-        output.loss.backward()
+        (output.loss * 3).backward()
         results.append((output.loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}))
         model.zero_grad()
         assert (output.logits is None) == loss_only
     torch.testing.assert_close(results[0][0], results[1][0])
     for name, gradient in results[0][1].items():
         torch.testing.assert_close(results[1][1][name], gradient, msg=name)
+
+
+def test_loss_in_chunks_with_parts_frozen_and_in_bf16(monkeypatch) -> None:
+    monkeypatch.setattr("redepth.modeling.loss.LOGITS_AT_ONCE", 5 * 50)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 9, 16, generator=generator)
+    head, labels = torch.nn.Linear(16, 50, bias=False), torch.randint(50, (2, 9), generator=generator)
+
+    def gradients(learns_hidden: bool, learns_head: bool, bf16: bool = False) -> list[torch.Tensor | None]:
+        states = hidden.clone().requires_grad_(learns_hidden)
+        head.weight.requires_grad_(learns_head).grad = None
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            loss = chunked_cross_entropy(states, labels, head, vocab_size=50, parameters=head.parameters())
+        if learns_hidden or learns_head:
+            loss.backward()
+        return [loss.detach(), states.grad, head.weight.grad]
+
+    whole = gradients(True, True)
+    assert torch.equal(gradients(False, False)[0], whole[0])
+    for learns in ((True, False), (False, True)):
+        loss, *found = gradients(*learns)
+        assert torch.equal(loss, whole[0])
+        for wanted, gradient, learned in zip(whole[1:], found, learns, strict=True):
+            assert torch.equal(gradient, wanted) if learned else gradient is None
+    for wanted, gradient in zip(whole, gradients(True, True, bf16=True), strict=True):
+        assert gradient.dtype == torch.float32
+        torch.testing.assert_close(gradient, wanted, rtol=0.05, atol=2e-3)

@@ -28,6 +28,7 @@ from redepth.surgery.folder import HEALING_FILE, read_json, read_recipe, whole_f
 
 from .curriculum import depth_of_step, learning_rate_factor, mean_recurrence
 from .data import training_and_held_out
+from .memory import keep_freed_memory
 from .recipe import HealRecipe
 
 WORK_FOLDER = "healing"
@@ -256,6 +257,8 @@ def heal(
         raise RedepthError("precision bf16 asked for, but this processor has no bf16 matrix products; use auto or fp32")
     bf16 = recipe.precision != "fp32" and processor_has_bf16()
 
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     model = RecurrentDepthForCausalLM.from_pretrained(folder, dtype=torch.float32)
     work = folder / WORK_FOLDER
     work.mkdir(exist_ok=True)

@@ -1,12 +1,60 @@
 """Cross-entropy without the whole table of logits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-LOGITS_AT_ONCE = 2**24  # 64 MiB in fp32
+LOGITS_AT_ONCE = 2**25  # 128 MiB in fp32
+
+# (logits [n, V] in fp32, targets [n], index of the first of these tokens among the batch's B * (T - 1)) to a summed loss
+TokenLoss = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+
+
+def cross_entropy_of_tokens(logits: torch.Tensor, targets: torch.Tensor, first: int) -> torch.Tensor:
+    """The plain next-token loss, summed over the tokens whose target is not -100."""
+    return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+
+
+class _SummedInChunks(torch.autograd.Function):
+    """A sum over tokens whose gradients are made in the forward pass, while each chunk's logits are at hand.
+
+    The backward pass then has nothing to make again: it scales what the forward pass has kept, which is no larger than
+    the inputs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        summed: Callable[[torch.Tensor, int], torch.Tensor],
+        size: int,
+        states: torch.Tensor,
+        *parameters: torch.Tensor,
+    ) -> torch.Tensor:
+        total = states.new_zeros((), dtype=torch.float32)
+        learns = ctx.needs_input_grad[2]
+        states_grad = torch.zeros_like(states) if learns else None
+        grads = [torch.zeros_like(parameter) for parameter in parameters]
+        for first in range(0, len(states), size):
+            some = states[first : first + size].detach().requires_grad_(learns)
+            wanted = [some, *parameters] if learns else [*parameters]
+            with torch.enable_grad():
+                loss = summed(some, first)
+            found = list(torch.autograd.grad(loss, wanted, materialize_grads=True))
+            if states_grad is not None:
+                states_grad[first : first + size] = found.pop(0)
+            for grad, part in zip(grads, found, strict=True):
+                grad += part
+            total += loss.detach()
+        ctx.save_for_backward(states_grad, *grads)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        return None, None, *(None if kept is None else kept * grad.to(kept.dtype) for kept in ctx.saved_tensors)
 
 
 def chunked_cross_entropy(
@@ -15,27 +63,36 @@ def chunked_cross_entropy(
     logits_of: Callable[[torch.Tensor], torch.Tensor],
     vocab_size: int,
     num_items: torch.Tensor | int | None = None,
+    token_loss: TokenLoss = cross_entropy_of_tokens,
+    parameters: Iterable[torch.Tensor] = (),
 ) -> torch.Tensor:
-    """Next-token loss, its logits made a few tokens at a time and made again in the backward pass.
+    """Next-token loss, its logits made a few tokens at a time.
 
     The logits of a row of text are by far the largest tensor of training (512 tokens of a 262k vocabulary are half a
-    gigabyte); one more head product is cheaper than holding and reading them.
+    gigabyte). Where gradients are wanted they are made chunk by chunk too, so that no logits are made twice.
 
     Args:
         hidden: `[B, T, D]`, as the head takes it.
         labels: `[B, T]`, shifted here; -100 is left out.
+        logits_of: gives the logits `[n, V]` of `[n, D]`.
         num_items: what the summed loss is divided by; the number of labels by default.
+        token_loss: the loss of some tokens, where it is not the plain cross-entropy.
+        parameters: what `logits_of` reads besides its argument; those without requires_grad are passed over.
 
     Returns:
         the loss in nats, a scalar in fp32.
     """
-
-    def summed(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(logits_of(states).float(), targets, ignore_index=-100, reduction="sum")
-
     states, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(hidden.device)
     size = max(LOGITS_AT_ONCE // vocab_size, 1)
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for some_states, some_targets in zip(states.split(size), targets.split(size), strict=True):
-        total = total + checkpoint(summed, some_states, some_targets, use_reentrant=False)
+
+    def summed(some: torch.Tensor, first: int) -> torch.Tensor:
+        return token_loss(logits_of(some).float(), targets[first : first + size], first)
+
+    learned = [parameter for parameter in parameters if parameter.requires_grad]
+    if torch.is_grad_enabled() and (states.requires_grad or learned):
+        total = _SummedInChunks.apply(summed, size, states, *learned)
+    else:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for first in range(0, len(states), size):
+            total = total + summed(states[first : first + size], first)
     return total / (num_items if num_items is not None else (targets != -100).sum())

@@ -555,7 +555,10 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         logits = loss = None
         if loss_only and labels is not None:
             items = kwargs.get("num_items_in_batch")
-            loss = chunked_cross_entropy(hidden, labels, self._logits, self.config.vocab_size, items)
+            learned = self.lm_head.parameters()
+            loss = chunked_cross_entropy(
+                hidden, labels, self._logits, self.config.vocab_size, items, parameters=learned
+            )
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self._logits(hidden[:, kept])
