@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache import RecurrentDepthCache, SomeTokens
 from .configuration import RecurrentDepthConfig
+from .processor_attention import ProcessorAttention, gains_from_own_backward
 
 
 @dataclass
@@ -162,13 +163,19 @@ class Attention(nn.Module):
             query, key = self.rotate(query, cos, sin), self.rotate(key, cos, sin)
         if context.cache is not None:
             key, value = context.cache.update(key, value, self.layer_idx, step, context.some)
+        mask = context.masks[self.layer_type]
+        if context.cache is None and gains_from_own_backward(self.config._attn_implementation, value, mask):
+            # Norms of q and k widen them under autocast; v has the dtype of the products.
+            query, key = query.to(value.dtype), key.to(value.dtype)
+            mixed = ProcessorAttention.apply(query, key, value, mask, self.scaling)
+            return self.proj(mixed.transpose(1, 2).flatten(2))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         mixed, _ = attend(
             self,
             query,
             key,
             value,
-            context.masks[self.layer_type],
+            mask,
             scaling=self.scaling,
             dropout=0.0,
             sliding_window=self.sliding_window,

@@ -53,7 +53,7 @@ class _SummedInChunks(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return None, None, *(None if kept is None else kept * grad.to(kept.dtype) for kept in ctx.saved_tensors)
 
 
