@@ -69,17 +69,19 @@ def command(
     from redepth.healing.data import held_out_rows, open_text
     from redepth.healing.trainer import processor_has_bf16
     from redepth.surgery.plan import default_plan
-    from redepth.surgery.search import ADAPTERS, TOLERANCE, search_plans
+    from redepth.surgery.search import ADAPTERS, TOLERANCE, check_search, search_plans
     from redepth.surgery.sources import open_source
 
     if precision not in ("auto", "bf16", "fp32"):
         raise RedepthError(f"--precision {precision!r} is unknown; use auto, bf16 or fp32")
     opened = open_source(source)
-    num_layers = opened.config.num_hidden_layers
+    # A recurrent source has no such setting, and is refused below.
+    num_layers = getattr(opened.config, "num_hidden_layers", 3)
     if core_layers is None:
         core_layers = len(default_plan(num_layers).core)
     if drop_layers is None:
         drop_layers = min(round(num_layers / 8), max(num_layers - 2 - core_layers, 0))
+    check_search(opened, core_layers, drop_layers, adapter or ADAPTERS, sequence_length)
     if opened.tokenizer is None:
         raise RedepthError(f"source {source!r} has no tokenizer, so it can't be measured on text")
     stream = open_text(data, text_column)

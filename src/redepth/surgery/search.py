@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from redepth.errors import RedepthError
-from redepth.modeling import RecurrentDepthConfig, RecurrentDepthForCausalLM
+from redepth.modeling import RecurrentDepthConfig
 
-from .convert import plan_conversion
-from .plan import Plan, default_plan
+from .convert import Conversion, plan_conversion
+from .plan import Plan
 from .sources import Source
 from .weights import ADAPTER, GROUP_MODULES, adapter_weight, parse_adapter
 
@@ -129,12 +129,10 @@ def plans_of(num_layers: int, core_layers: int, drop_layers: int = 0) -> list[Pl
 
 
 class _Bench:
-    """A source's layers in one recurrent model, taken apart and put together again for each candidate."""
+    """A whole source's layers in one recurrent model, taken apart and put together again for each candidate."""
 
-    def __init__(self, source: Source, autocast: torch.dtype | None) -> None:
-        conversion = plan_conversion(source, dtype="float32")
-        whole = conversion.with_plan(default_plan(source.config.num_hidden_layers))
-        self.model: RecurrentDepthForCausalLM = whole.model()
+    def __init__(self, conversion: Conversion, autocast: torch.dtype | None) -> None:
+        self.model = conversion.model()
         self.layers = [layer for group in GROUP_MODULES.values() for layer in self.model.transformer[group].children()]
         self.autocast = autocast
 
@@ -264,10 +262,19 @@ def _layer_measures(cosines: list[torch.Tensor]) -> list[LayerMeasure]:
     ]
 
 
-def check_lengths(num_layers: int, core_layers: int, drop_layers: int) -> None:
-    """Raises:
-    RedepthError: for a core or a number of dropped layers that leaves no layer on either side of the core.
+def check_search(
+    source: Source, core_layers: int, drop_layers: int, adapters: Sequence[str], sequence_length: int
+) -> Conversion:
+    """What can be refused before any text or tensor is read; the source's conversion by the default plan.
+
+    Raises:
+        RedepthError: for a recurrent source or an unknown family, a core or a number of dropped layers that leaves no
+            layer on either side of the core, a start that is unknown or random, or rows longer than the source allows.
     """
+    if source.config.model_type == RecurrentDepthConfig.model_type:
+        raise RedepthError(f"source {source.name!r} is recurrent already; give the model it was made from")
+    conversion = plan_conversion(source, dtype="float32")
+    num_layers = conversion.plan.num_layers
     if not 1 <= core_layers <= num_layers - 2:
         raise RedepthError(
             f"--core-layers {core_layers} doesn't fit: the source has {num_layers} layers, and prelude and coda need one "
@@ -278,6 +285,14 @@ def check_lengths(num_layers: int, core_layers: int, drop_layers: int) -> None:
             f"--drop-layers {drop_layers} doesn't fit: {num_layers} layers with a core of {core_layers} leave 0 to "
             f"{num_layers - 2 - core_layers} to drop"
         )
+    for adapter in adapters:
+        if parse_adapter(adapter)[0] == "random":
+            raise RedepthError("--adapter random has nothing to measure before training; use inject or blend:α")
+    if sequence_length > conversion.config.block_size:
+        raise RedepthError(
+            f"--sequence-length {sequence_length} is more than the {conversion.config.block_size} tokens the source allows"
+        )
+    return conversion
 
 
 def search_plans(
@@ -306,17 +321,12 @@ def search_plans(
         on_progress: called with (part, share done).
 
     Raises:
-        RedepthError: for lengths that don't fit, a start that is unknown or random, or a recurrent source.
+        RedepthError: as `check_search`.
     """
-    if source.config.model_type == RecurrentDepthConfig.model_type:
-        raise RedepthError(f"source {source.name!r} is recurrent already; give the model it was made from")
-    num_layers = source.config.num_hidden_layers
-    check_lengths(num_layers, core_layers, drop_layers)
-    for adapter in adapters:
-        if parse_adapter(adapter)[0] == "random":
-            raise RedepthError("--adapter random has nothing to measure before training; use inject or blend:α")
+    conversion = check_search(source, core_layers, drop_layers, adapters, rows.shape[1])
+    num_layers = conversion.plan.num_layers
     on_progress = on_progress or (lambda part, done: None)
-    bench = _Bench(source, autocast)
+    bench = _Bench(conversion, autocast)
     some_rows = rows[: max(len(rows) // 4, 1)]
 
     def find(plans: list[Plan], name: str, layers: bool) -> tuple[list[Candidate], float, list[LayerMeasure]]:
