@@ -67,6 +67,7 @@ def command(
 
     from redepth.errors import RedepthError
     from redepth.healing.data import held_out_rows, open_text
+    from redepth.healing.memory import keep_freed_memory
     from redepth.healing.trainer import processor_has_bf16
     from redepth.surgery.plan import default_plan
     from redepth.surgery.search import ADAPTERS, TOLERANCE, check_search, search_plans
@@ -87,6 +88,7 @@ def command(
     stream = open_text(data, text_column)
     text, _ = held_out_rows(stream, opened.tokenizer, sequence_length, rows)
     bf16 = precision == "bf16" or (precision == "auto" and processor_has_bf16())
+    keep_freed_memory()
     with progress_bar(quiet) as update:
         search = search_plans(
             opened,

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthConfig
+from redepth.modeling.loss import chunked_cross_entropy
 
 from .convert import Conversion, plan_conversion
 from .plan import Plan
@@ -24,7 +25,6 @@ SCREENING_ADAPTER = "blend:0.25"
 SHORTLIST = 6
 TOLERANCE = 0.005  # nats
 STILL = 1e-3  # a state that a step changes by less stands still
-LOGITS_AT_ONCE = 2**27  # half a gigabyte in fp32
 ROWS_AT_ONCE = 4
 
 
@@ -153,9 +153,9 @@ class _Bench:
 
     def loss(self, state: torch.Tensor, ids: torch.Tensor) -> float:
         """Summed next-token loss, in nats, of a state that enters the coda."""
-        logits = self.model.predict_from_latents(state).logits
-        assert logits is not None
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum").item()
+        model = self.model
+        _, hidden = model._coda(state, model._context(state, None, None, None))
+        return chunked_cross_entropy(hidden, ids, model._logits, model.config.vocab_size, num_items=1).item()
 
     def run(
         self,
@@ -206,11 +206,10 @@ class _Bench:
         core_layers: int | None = None,
     ) -> tuple[list[Candidate], float, list[LayerMeasure]]:
         """Candidates in the order given, the source's loss, and its layers where `core_layers` is given."""
-        at_once = max(min(LOGITS_AT_ONCE // (self.model.config.vocab_size * rows.shape[1]), ROWS_AT_ONCE), 1)
         keys = [(plan, adapter) for plan in plans for adapter in adapters]
         losses = {key: dict.fromkeys(depths, 0.0) for key in keys}
         movement = dict.fromkeys(keys, 0.0)
-        source_total, batches = 0.0, rows.split(at_once)
+        source_total, batches = 0.0, rows.split(ROWS_AT_ONCE)
         cosines: list[torch.Tensor] = []
         with torch.autocast(rows.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             for batch, ids in enumerate(batches):
