@@ -45,7 +45,7 @@ def redepth_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     return run
 
 
-COMMANDS = ("convert", "verify", "inspect", "heal", "retrofit", "generate", "chat", "new")
+COMMANDS = ("plan", "convert", "verify", "inspect", "heal", "calibrate", "retrofit", "generate", "chat", "new")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -69,6 +69,30 @@ def test_dry_run_prints_the_price_and_writes_nothing(redepth_command, source: Pa
     assert list(tmp_path.iterdir()) == []
     code, out, _ = redepth_command("convert", source, "--dry-run")
     assert "forward FLOPs per token" in out
+
+
+def test_plan_proposes_what_convert_takes(redepth_command, source: Path, tmp_path: Path) -> None:
+    words = ("plan", source, "--rows", 5, "--sequence-length", 16, "--core-layers", 2, "--drop-layers", 1)
+    code, out, _ = redepth_command(*words, "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert report["tokens"] == 5 * 16
+    assert len(report["layers"]) == 6
+    assert all(len(one["dropped_layers"]) == 1 for one in report["dropping"])
+    best = report["whole"][0]
+    assert best["dropped_layers"] == []
+    assert report["command"] == f"redepth convert {source} OUT --core {best['core']} --adapter {best['adapter']}"
+    convert_words = [str(tmp_path / "out") if word == "OUT" else word for word in report["command"].split()[1:]]
+    assert redepth_command(*convert_words, "-q")[0] == 0
+
+    code, out, _ = redepth_command(*words)
+    assert code == 0
+    assert "influence" in out
+    assert "1 layers dropped" in out
+    assert report["command"] in out.replace("\n", "")
+    code, out, _ = redepth_command(*words, "--adapter", "blend:0.5", "-q")
+    assert out.startswith("redepth convert")
+    assert out.count("\n") == 1
 
 
 def test_convert_verifies_and_reports(redepth_command, source: Path, tmp_path: Path) -> None:
@@ -177,6 +201,15 @@ def test_inspect_new_and_republish(redepth_command, checkpoint: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["plan", "nobody/nothing/at-all"], "does not exist"),
+        (["plan", "{source}", "--core-layers", "5"], "--core-layers 5 doesn't fit: the source has 6 layers"),
+        (["plan", "{source}", "--drop-layers", "4"], "--drop-layers 4 doesn't fit"),
+        (["plan", "{source}", "--adapter", "blend:7"], "'blend:7' is unknown"),
+        (["plan", "{source}"], "--sequence-length 256 is more than the 128 tokens"),
+        (["plan", "{source}", "--data", "none.txt", "--sequence-length", "16"], "'none.txt' does not exist"),
+        (["plan", "{source}", "--data", "{short}", "--sequence-length", "64"], "shorter than one row of 64 tokens"),
+        (["plan", "{source}", "--precision", "int3"], "'int3' is unknown"),
+        (["plan", "{checkpoint}"], "recurrent already"),
         (["convert", "{source}", "{out}", "--core", "2:99"], "has 6 layers"),
         (["convert", "{source}"], "OUT is missing"),
         (["convert", "{source}", "{checkpoint}"], "already exists"),
@@ -216,7 +249,9 @@ def test_inspect_new_and_republish(redepth_command, checkpoint: Path, tmp_path: 
     ],
 )
 def test_mistakes_end_in_one_line(redepth_command, source, checkpoint, tmp_path: Path, words, message) -> None:
-    places = {"source": source, "checkpoint": checkpoint, "out": tmp_path / "out"}
+    short = tmp_path / "short.txt"
+    short.write_text("a few words")
+    places = {"source": source, "checkpoint": checkpoint, "out": tmp_path / "out", "short": short}
     code, _, err = redepth_command(*(word.format(**places) for word in words))
     assert code == 2
     assert message in err

@@ -7,7 +7,7 @@ import typer
 
 from redepth.errors import RedepthError
 
-from . import calibrate, chat, convert, generate, heal, inspect, new, retrofit, verify
+from . import calibrate, chat, convert, generate, heal, inspect, new, plan, retrofit, verify
 
 app = typer.Typer(
     name="redepth",
@@ -17,7 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for module in (convert, verify, inspect, heal, calibrate, retrofit, generate, chat, new):
+for module in (plan, convert, verify, inspect, heal, calibrate, retrofit, generate, chat, new):
     app.command(module.__name__.rpartition(".")[2])(module.command)
 
 
