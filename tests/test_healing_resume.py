@@ -231,6 +231,29 @@ def test_torn_checkpoint_is_passed_over(unbroken: Path, checkpoint: Path, monkey
     assert_same_curve(checkpoint, unbroken / "out")
 
 
+def test_full_disk_leaves_the_last_whole_checkpoint(
+    unbroken: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, write = read_heal_recipe(unbroken / "recipe.json"), torch.save
+
+    def full(content: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        if "checkpoint-6" in str(file):
+            Path(file).write_bytes(b"half of it")
+            raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")
+        write(content, file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(RedepthError, match="checkpoint-6 could not be written.*the same command goes on"):
+        heal(checkpoint, recipe)
+    monkeypatch.undo()
+    assert sorted(folder.name for folder in (checkpoint / "healing").glob("checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-4",
+    ]
+    heal(checkpoint, recipe)
+    assert_same_curve(checkpoint, unbroken / "out")
+
+
 def test_what_counts_as_whole(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8):
         folder = tmp_path / f"checkpoint-{step}"

@@ -65,8 +65,15 @@ def test_only_what_is_chosen_trains(checkpoint: Path, tmp_path: Path, train: str
         assert matrices == {"Wqkv", "proj", "fc", "adapter"}
 
 
-def test_lora_is_taken_up_again_and_merged(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = HealRecipe(**SHORT | {"train": "lora", "lora_groups": ("prelude", "core"), "save_every": 2})
+@pytest.mark.parametrize(
+    "changes",
+    [{"train": "lora", "lora_groups": ("prelude", "core")}, {"optimizer": "muon"}, {"distill": 0.5, "train": "core"}],
+    ids=["lora", "muon", "distilled"],
+)
+def test_every_kind_of_run_is_taken_up_again(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    recipe = HealRecipe(**SHORT | {"save_every": 2} | changes)
     unbroken = heal(checkpoint, recipe, out=tmp_path / "unbroken")
     whole = HealTrainer.compute_loss
 

@@ -69,6 +69,11 @@ def test_retrofit_does_each_part_once(recipe_file: Path, tmp_path: Path) -> None
     assert retrofit(recipe, out, on_progress=lambda record: parts.append(record.part)) == evaluation
     assert parts == []
     assert {file: file.stat().st_mtime_ns for file in out.iterdir()} == written
+    aside = tmp_path / ".out.old.abcd1234"  # as a kill between two renames leaves it
+    aside.mkdir()
+    out.rename(aside / "out")
+    assert retrofit(recipe, out, on_progress=lambda record: parts.append(record.part)) == evaluation
+    assert parts == [] and not aside.exists()
     (out / "evaluation.json").unlink()
     retrofit(recipe, out, on_progress=lambda record: parts.append(record.part))
     assert set(parts) == {"evaluate"}

@@ -25,6 +25,7 @@ from redepth.surgery.folder import (
     VERIFICATION_FILE,
     read_json,
     read_recipe,
+    recover,
     write_json,
 )
 from redepth.surgery.verify import verify
@@ -114,6 +115,7 @@ def retrofit(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RedepthError("retrofit is for one process; convert first, then run redepth heal in several")
     folder = Path(out)
+    recover(folder)
     tell = on_progress or (lambda record: None)
     _convert(recipe.convert, folder, tell)
     if not (folder / HEALING_FILE).exists():

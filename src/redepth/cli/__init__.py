@@ -4,6 +4,7 @@ import os
 import sys
 
 import typer
+from safetensors import SafetensorError
 
 from redepth.errors import RedepthError
 
@@ -28,7 +29,7 @@ def main() -> None:
     """
     try:
         app()
-    except (RedepthError, ValueError, OSError) as error:
+    except (RedepthError, ValueError, OSError, SafetensorError) as error:
         if os.environ.get("REDEPTH_DEBUG"):
             raise
         line = " ".join(str(error).split())

@@ -200,7 +200,8 @@ def heal(
     recipe = recipe or HealRecipe()
     folder = Path(checkpoint)
     target = Path(out) if out is not None else folder
-    if os.environ.get("RANK", "0") == "0":
+    is_first = os.environ.get("RANK", "0") == "0"
+    if is_first:
         recover(target)
     if target != folder and target.exists():
         raise RedepthError(f"{target} already exists; give another folder for the healed model")
@@ -215,23 +216,23 @@ def heal(
                 "that one, or remove the folder to start over"
             )
     with ExitStack() as stack:
-        if begun is None:
+        if begun is None and is_first:
             # What goes wrong before the first checkpoint leaves nothing behind.
             stack.callback(_remove_unless_begun, work)
         prepared = _prepare(folder, recipe, work, on_progress or (lambda record: None))
         trainer = prepared.trainer
         if begun is None:
             plan = _preflight(prepared, _losses(prepared, "loss before"))
-            if on_preflight is not None and trainer.args.process_index == 0:
+            if on_preflight is not None and is_first:
                 on_preflight(plan)
             begun = {"recipe": settings, "loss_before": plan.loss_before, "flops": plan.flops}
-            if trainer.args.process_index == 0:
+            if is_first:
                 work.mkdir(exist_ok=True)
                 write_json(work / BEFORE_FILE, begun)
 
     last = last_whole(work, trainer.say)
     trainer.accelerator.wait_for_everyone()
-    if trainer.args.process_index == 0:
+    if is_first:
         sweep(work)
     trainer.accelerator.wait_for_everyone()
     trainer.resume(last)
@@ -255,7 +256,7 @@ def heal(
         loss_after=after,
     )
     model = trainer.whole_model()
-    if trainer.args.process_index == 0:
+    if is_first:
         _save(model.to(prepared.dtype), folder, target, healing, recipe, trainer.state.log_history)  # type: ignore[arg-type]
     trainer.accelerator.wait_for_everyone()
     return healing

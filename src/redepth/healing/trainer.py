@@ -1,6 +1,7 @@
 """Healing on transformers' Trainer: the depth of each step, schedules, exact resume; the loop is theirs."""
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -18,7 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import CONFIG_NAME
 
-from redepth.errors import RedepthError
+from redepth.errors import RedepthError, first_line
 from redepth.evaluation.loss import loss_by_depth
 from redepth.modeling import RecurrentDepthForCausalLM
 from redepth.modeling.blocks import Block
@@ -222,10 +224,16 @@ class HealTrainer(Trainer):
         return self.lr_scheduler
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has many names
+            shutil.rmtree(folder, ignore_errors=True)
+            raise RedepthError(
+                f"{folder} could not be written: {first_line(error)}; make room, and the same command goes on"
+            ) from error
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             # Trainer reads it back as a bare PreTrainedConfig, which rejects llama3's rope settings; the model has its own.
             (folder / CONFIG_NAME).unlink(missing_ok=True)
             state = {
