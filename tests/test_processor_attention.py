@@ -1,5 +1,7 @@
 """The written-out backward pass of attention against plain autograd."""
 
+import shutil
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -100,3 +102,22 @@ def test_training_in_bf16_takes_it_and_agrees(zoo, monkeypatch, family: str) -> 
     monkeypatch.setattr(blocks, "gains_from_own_backward", lambda *args: False)
     torch_own = gradients(bf16=True)
     assert (ours - exact).norm() < 1.5 * (torch_own - exact).norm()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_layers_are_no_further_from_fp32(zoo) -> None:
+    model = plan_conversion(zoo["llama"], "0:2", "2:4", "5:6", adapter="random").model().train()
+    ids = random_ids(2, 21)
+
+    def gradients(bf16: bool) -> torch.Tensor:
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            model(ids, labels=ids, num_steps=(1, 3), loss_only=True).loss.backward()
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    exact, plain = gradients(bf16=False), gradients(bf16=True)
+    for module in model.modules():
+        if isinstance(module, blocks.Block):
+            module.compile()
+    assert (gradients(bf16=True) - exact).norm() < 1.5 * (plain - exact).norm()

@@ -29,6 +29,15 @@ def test_losses_equal_the_converted_models(zoo, family: str) -> None:
         assert (one.movement == 0) == (one.adapter == "inject")
 
 
+def test_losses_in_bf16_equal_the_converted_models(zoo) -> None:
+    source, rows = open_source(zoo["llama"]), random_ids(5, 17)
+    search = search_plans(source, rows, 2, 1, ["blend:0.2", "blend:0.9"], DEPTHS, autocast=torch.bfloat16)
+    for one in [*search.whole, *search.dropping]:
+        converted = plan_conversion(source, *one.plan.slices().values(), adapter=one.adapter, dtype="float32").model()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert one.losses == pytest.approx(loss_by_depth(converted, rows, DEPTHS), abs=0.02)
+
+
 def test_layer_measures_equal_transformers_hidden_states(zoo) -> None:
     source, rows = open_source(zoo["qwen3"]), random_ids(3, 11)
     search = search_plans(source, rows, 3, 0, ["blend:0.5"], (1, 2))

@@ -142,6 +142,7 @@ class _Bench:
 
     def start(self, adapter: str) -> None:
         self.model.get_parameter(ADAPTER).copy_(adapter_weight(adapter, self.model.config.n_embd))
+        torch.clear_autocast_cache()  # which may hold the last start's weight
 
     def source_states(self, ids: torch.Tensor) -> list[torch.Tensor]:
         """The residual stream before each source layer, and after the last: `[B, T, D]` each."""
@@ -211,7 +212,7 @@ class _Bench:
         movement = dict.fromkeys(keys, 0.0)
         source_total, batches = 0.0, rows.split(ROWS_AT_ONCE)
         cosines: list[torch.Tensor] = []
-        with torch.autocast(rows.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+        with torch.autocast("cpu", dtype=self.autocast, enabled=self.autocast is not None):
             for batch, ids in enumerate(batches):
                 states = self.source_states(ids)
                 if core_layers is not None:
