@@ -10,11 +10,14 @@ import redepth
 from redepth import RecurrentDepthCache, RecurrentDepthConfig, RecurrentDepthForCausalLM
 from redepth.analysis.inspect import cache_bytes_per_token, recurrent_bytes
 from redepth.errors import RedepthError
+from redepth.healing.heal import heal
 from redepth.healing.recipe import HealRecipe
-from redepth.healing.trainer import heal
+from redepth.modeling.recurrent_state import RecurrentLayer
 from redepth.modeling.rg_lru import BLOCK
+from redepth.modeling.scan import linear_scan_reference
 from redepth.surgery.convert import plan_conversion
 from redepth.surgery.weights import to_source
+from tests.test_cache_rules import ByDefinition, decode, step_read
 from tests.test_healing import SHORT, byte_tokenizer
 from tests.test_recurrent_gemma import VARIANTS
 from tests.test_recurrent_gemma import make_model as make_recurrent_gemma
@@ -105,6 +108,55 @@ def test_a_depth_of_its_own_in_every_chunk_equals_token_by_token(model) -> None:
             start += part.shape[1]
         results.append(torch.cat(logits, dim=1))
     torch.testing.assert_close(*results, **CLOSE)
+
+
+class RecurrentByDefinition(ByDefinition):
+    """Keeps what every token wrote at every step, and makes each memory anew from what the rule shows of it."""
+
+    stands_in = True
+
+    @property
+    def recurrent_slots(self):
+        return self
+
+    def recurrent_memory(self, layer_idx, step, timeline):
+        self._steps_in_pass = max(self._steps_in_pass, step)
+        self.step, memory = step, RecurrentLayer(self.taps)
+        for token, ran in enumerate(self.ran[: self.length]):
+            written = self.kept[layer_idx, step_read(self.definition, ran, step) if step else 0, token]
+            memory.with_inputs(written.inputs)
+            memory.store_states(linear_scan_reference(written.added, written.decay, memory.state())[0])
+        return memory
+
+    def write(self, layer, written):
+        self.kept[layer, self.step, self.length] = written
+
+
+@pytest.mark.parametrize(
+    ("rule", "depths"),
+    [
+        ("latest", [3, 5, 2, 4, 1, 6]),
+        ("full", [4] * 5),
+        ("ring-3", [5, 3, 7, 4, 8]),
+        ("first-2-then-last", [5, 3, 7, 4, 8]),
+    ],
+)
+def test_states_follow_the_rules_definition(model, rule: str, depths: list[int]) -> None:
+    ids = random_ids(1, len(depths))
+    by_definition = RecurrentByDefinition(model.config, rule)
+    by_definition.taps = model.config.conv1d_width
+    wanted = decode(model, ids, depths, by_definition)
+    torch.testing.assert_close(decode(model, ids, depths, RecurrentDepthCache(model.config, rule)), wanted, **CLOSE)
+
+
+def test_what_can_not_go_with_a_state_is_refused(models) -> None:
+    model, ids = models["griffin"], random_ids(1, 4)
+    for rule in ("skip", "latest+ring-3", "skip+first-2-then-last"):
+        with pytest.raises(ValueError, match="can't go with recurrent layers"):
+            model(ids, num_steps=2, cache_rule=rule, use_cache=True)
+    for options in ({"draft_steps": 2}, {"sampler": "wavefront"}):
+        with pytest.raises(ValueError, match="recurrent layers"):
+            model.generate(ids, **OPTIONS | options)
 
 
 def test_step_calls_equal_forward(model) -> None:

@@ -18,9 +18,9 @@ from tests.zoo import random_ids
 MOST = 9
 
 
-@pytest.fixture(scope="module")
-def model(zoo):
-    model = plan_conversion(zoo["llama"], "0:2", "2:4", "5:6", adapter="blend:0.5", state="noise").model()
+@pytest.fixture(scope="module", params=["griffin", "llama"])
+def model(zoo, request):
+    model = plan_conversion(zoo[request.param], "0:2", "2:4", "5:6", adapter="blend:0.5", state="noise").model()
     model.config.state_std = 1.0
     return model
 

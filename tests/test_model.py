@@ -1,7 +1,5 @@
 """Contracts 1 and 2 and the model's own promises, on every family."""
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -9,11 +7,8 @@ from hypothesis import strategies as st
 
 import redepth
 from redepth import RecurrentDepthCache, RecurrentDepthForCausalLM
-from redepth.modeling.cache import parse_cache_rule
 from redepth.modeling.depth import sample_num_steps, split_num_steps
 from redepth.modeling.loss import chunked_cross_entropy
-from redepth.modeling.recurrent_state import RecurrentLayer
-from redepth.modeling.scan import linear_scan_reference
 from redepth.modeling.state import position_noise
 from redepth.surgery.convert import plan_conversion
 from tests.test_golden import FOLDER as HUGINN
@@ -120,86 +115,6 @@ def test_cache_remembers_padding(models) -> None:
         got = model(random_ids(1, 1, seed=9), past_key_values=cache, num_steps=2).logits
         wanted = model(torch.cat([ids[mask.bool()][None], random_ids(1, 1, seed=9)], dim=1), num_steps=2).logits[:, -1:]
     torch.testing.assert_close(got, wanted, **CLOSE)
-
-
-@pytest.mark.parametrize("rule", ["latest", "ring-2", "ring-3"])
-@pytest.mark.parametrize("name", ["griffin", "hawk", "qwen3"])
-def test_rules_agree_with_a_slow_reference(models, name: str, rule: str) -> None:
-    """Token by token, with the entries that the rule allows picked out by hand from a full record."""
-    model = models[name]
-    depths = [3, 5, 2, 4] if rule == "latest" else [5, 4, 6, 3]
-    ids = random_ids(1, 4)
-    cache = RecurrentDepthCache(model.config, rule)
-    got = []
-    with torch.no_grad():
-        for token, depth in zip(ids.split(1, dim=1), depths, strict=True):
-            got.append(model(token, num_steps=depth, past_key_values=cache).logits)
-        wanted = slow_decode(model, ids, depths, rule)
-    torch.testing.assert_close(torch.cat(got, dim=1), wanted, **CLOSE)
-
-
-def slow_decode(model, ids: torch.Tensor, depths: list[int], rule: str) -> torch.Tensor:
-    record: dict[tuple[int, int, int], Any] = {}
-    parsed = parse_cache_rule(rule)
-
-    class Record:
-        """Stands in for the cache of one token: keeps everything, and looks up by the rule's definition."""
-
-        rule = parsed
-
-        def __init__(self, token: int) -> None:
-            self.token = token
-
-        def step_to_read(self, earlier: int, step: int) -> int:
-            if step == 0:
-                return 0
-            ran = range(1, depths[earlier] + 1)
-            if self.rule.name == "latest":
-                return max(j for j in ran if j <= step)
-            ring = self.rule.ring
-            return max(j for j in ran if j % ring == step % ring)
-
-        def update(self, key, value, layer, step, some):
-            record[self.token, layer, step] = (key, value)
-            entries = [record[t, layer, self.step_to_read(t, step)] for t in range(self.token)]
-            keys, values = zip(*entries, (key, value), strict=True)
-            return torch.cat(keys, dim=2), torch.cat(values, dim=2)
-
-        def recurrent_memory(self, layer, step, timeline):
-            """A recurrent layer's memory, made anew from what every earlier token wrote at the step to read."""
-            self.step, memory = step, RecurrentLayer(model.config.conv1d_width)
-            for t in range(self.token):
-                written = record[t, layer, self.step_to_read(t, step)]
-                memory.with_inputs(written.inputs)
-                memory.store_states(linear_scan_reference(written.added, written.decay, memory.state())[0])
-            return memory
-
-        stands_in = True
-
-        @property
-        def recurrent_slots(self):
-            return self
-
-        def write(self, layer, written):
-            record[self.token, layer, self.step] = written
-
-        def commit(self, latent_states, steps_run):
-            pass
-
-    logits = []
-    for token, depth in enumerate(depths):
-        x = model._embed(ids[:, token : token + 1], None)
-        context = model._context(x, None, torch.tensor([[token]]), None)
-        context.masks = dict.fromkeys(context.masks)
-        context.cache = Record(token)
-        if context.columns is not None:
-            context.columns.timeline.fresh = token == 0
-        embedded = model._run(model.transformer["prelude"], x, context)
-        state = model._initial_state(embedded, context.position_ids, None)
-        for step in range(1, depth + 1):
-            state = model._step(embedded, state, context, step)
-        logits.append(model._logits(model._leave(state, context)[1]))
-    return torch.cat(logits, dim=1)
 
 
 def test_crop_and_rows_of_the_cache(model) -> None:

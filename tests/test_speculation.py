@@ -190,15 +190,6 @@ def test_mistakes_stop_before_any_compute(models, monkeypatch, kwargs: dict, mes
         models["llama"].generate(random_ids(1, 3), **OPTIONS | kwargs)
 
 
-def test_recurrent_layers_are_refused(zoo) -> None:
-    model = plan_conversion(zoo["griffin"], core="2:4").model()
-    for policy in ({"draft_steps": 2}, {"sampler": "wavefront"}):
-        with pytest.raises(ValueError, match="recurrent layers"):
-            model.generate(random_ids(1, 3), **OPTIONS, **policy)
-    with pytest.raises(ValueError, match="recurrent layers"):
-        model.generate(random_ids(1, 3), **OPTIONS, criterion="kl", cache_rule="skip")
-
-
 def test_more_tokens_than_the_model_allows(models) -> None:
     with pytest.raises(ValueError, match="128 this model allows"):
         models["llama"].generate(random_ids(1, 120), **OPTIONS, draft_steps=2)
