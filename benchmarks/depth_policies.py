@@ -4,10 +4,12 @@
     python benchmarks/depth_policies.py OUT
     python benchmarks/depth_policies.py OUT --data heal.parquet --write docs/depth.md
 
-Greedy decoding of the same prompts under each policy, taken in turns; medians over the turns, with the spread. *Agreement* is
+Greedy decoding of the same prompts under each policy, taken in turns, the prompt's prefill included; medians over the turns,
+with the spread. *Agreement* is
 the share of a policy's tokens that r = 32 would have picked after the same text. *Loss* is of held-out text fed token by
-token, so that a cache rule and an exit test act as they do in decoding; speculation's is that of the depth it verifies at. The
-*floor* is the time of the matrix products with weights alone at the fixed depths.
+token, so that a cache rule and an exit test act as they do in decoding; speculation's is that of the depth it verifies at.
+*Products* is the share of the time that the matrix products with weights take by themselves, at the fixed depths. Steps and
+agreement are of the larger batch.
 """
 
 import argparse
@@ -80,8 +82,8 @@ def picked_by_the_deepest(model: RecurrentDepthForCausalLM, ids: torch.Tensor, m
     return (logits.argmax(-1) == ids[:, start:]).float().mean().item()
 
 
-def products_alone(model: RecurrentDepthForCausalLM, rows: int, num_steps: int) -> Callable[[], None]:
-    """The matrix products with weights of one decoded token for each row, and nothing else."""
+def products_alone(model: RecurrentDepthForCausalLM, tokens: int, num_steps: int) -> Callable[[], None]:
+    """The matrix products with weights of a pass over so many tokens, and nothing else."""
     parts = model.transformer
 
     def weights(layers: Any) -> list[torch.Tensor]:
@@ -89,7 +91,7 @@ def products_alone(model: RecurrentDepthForCausalLM, rows: int, num_steps: int) 
 
     core = [parts["adapter"].weight, *weights(parts["core_block"])]
     used = weights(parts["prelude"]) + num_steps * core + weights(parts["coda"]) + [model.lm_head.weight]
-    inputs = {weight.shape[1]: torch.randn(rows, weight.shape[1], dtype=weight.dtype) for weight in used}
+    inputs = {weight.shape[1]: torch.randn(tokens, weight.shape[1], dtype=weight.dtype) for weight in used}
 
     @torch.no_grad()
     def run() -> None:
@@ -123,27 +125,38 @@ def measure(
                 )
                 if turn:
                     times.setdefault((label, rows), []).append(took)
-    floors = {
-        (f"r = {r}", rows): min(seconds(products_alone(model, rows, r)) for _ in range(5))
-        for r in (4, 8, 16, DEEPEST)
-        for rows in batches
-    }
-    lines = []
-    for label, policy in track(chosen.items(), "held-out loss", transient=True):
-        line = [label]
+    floors = {}
+    for r in (4, 8, 16, DEEPEST):
         for rows, batch in batches.items():
-            took, output = times[label, rows], outputs[label, rows]
-            start = batch["input_ids"].shape[1]
-            rate = rows * tokens / statistics.median(took)
-            spread = (max(took) - min(took)) / statistics.median(took)
-            faster = statistics.median(times[f"r = {DEEPEST}", rows]) / statistics.median(took)
+            prompt = products_alone(model, batch["input_ids"].numel(), r)
+            one_more = products_alone(model, rows, r)
+            floors[f"r = {r}", rows] = min(seconds(prompt) for _ in range(3)) + (tokens - 1) * min(
+                seconds(one_more) for _ in range(5)
+            )
+    lines, losses = [], {}
+    for label, policy in track(chosen.items(), "agreement and held-out loss", transient=True):
+        line = [label]
+        for rows in batches:
+            took, deepest = times[label, rows], times[f"r = {DEEPEST}", rows]
+            median = statistics.median(took)
+            spread = (max(took) - min(took)) / median / 2
             floor = floors.get((label, rows))
-            share = f"{floor * tokens / statistics.median(took):.0%}" if floor else ""
-            steps = output.stats["num_steps"][:, start:].float().mean().item()
-            agreement = picked_by_the_deepest(model, output.sequences, batch["attention_mask"])
-            line += [f"{rate:.1f} ± {spread / 2:.0%}", f"{faster:.2f} ×", share, f"{steps:.1f}", f"{agreement:.1%}"]
-        loss = loss_in_decoding(model, text, policy)
-        lines.append([*line, f"{loss:.3f}" if loss is not None else ""])
+            share = f"{floor / median:.0%}" if floor else ""
+            line += [
+                f"{rows * tokens / median:.1f} ± {spread:.0%}",
+                f"{statistics.median(deepest) / median:.2f} ×",
+                share,
+            ]
+        rows = max(batches)
+        output, start = outputs[label, rows], batches[rows]["input_ids"].shape[1]
+        agreement = picked_by_the_deepest(model, output.sequences, batches[rows]["attention_mask"])
+        # What decodes losslessly has the loss of its depth, and one loss serves both.
+        key = str({name: value for name, value in policy.items() if name != "draft_steps"})
+        if key not in losses:
+            losses[key] = loss_in_decoding(model, text, policy)
+        loss = losses[key]
+        steps = output.stats["num_steps"][:, start:].float().mean().item()
+        lines.append([*line, f"{steps:.1f}", f"{agreement:.1%}", f"{loss:.3f}" if loss is not None else ""])
     return lines
 
 
@@ -169,8 +182,9 @@ def main() -> None:
     lines = measure(model, batches, text[:8, : options.loss_tokens], options.tokens, options.turns)
     heads = ["policy"]
     for rows in batches:
-        heads += [f"tokens/s, batch {rows}", "against r = 32", "floor", "mean steps", "agreement"]
-    table = [[*heads, "loss"], ["---"] * (len(heads) + 1), *lines]
+        heads += [f"tokens/s, batch {rows}", "against r = 32", "products"]
+    heads += ["mean steps", "agreement", "loss"]
+    table = [heads, ["---"] * len(heads), *lines]
     page = "\n".join("| " + " | ".join(line) + " |" for line in table)
     core = model.config.n_layers_in_recurrent_block
     note = (
