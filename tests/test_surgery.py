@@ -152,6 +152,7 @@ def test_output_folder_is_complete(zoo, tmp_path: Path) -> None:
         "kinds.py",
         "loss.py",
         "model.py",
+        "processor_attention.py",
         "state.py",
     }
     records = {"README.md", "config.json", "generation_config.json", "model.safetensors", "recipe.yaml"}
