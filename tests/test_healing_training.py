@@ -17,7 +17,14 @@ from redepth.healing.curriculum import backprop_depth, depth_of_step
 from redepth.healing.distillation import Teacher, open_teacher
 from redepth.healing.guard import FEWEST, SpikeGuard
 from redepth.healing.heal import heal, plan_healing
-from redepth.healing.optim import LAYER_MATRICES, MuonWithAdamW, muon_with_adamw, set_trainable, trainer_optimizer_name
+from redepth.healing.optim import (
+    LAYER_MATRICES,
+    MuonWithAdamW,
+    is_inner_matrix,
+    muon_with_adamw,
+    set_trainable,
+    trainer_optimizer_name,
+)
 from redepth.healing.preflight import depths_of_run
 from redepth.healing.recipe import HealRecipe
 from redepth.healing.trainer import HealTrainer
@@ -293,7 +300,11 @@ def test_adapter_without_layers_to_train_is_refused(checkpoint: Path) -> None:
 def test_families_are_all_known_to_peft_and_muon(zoo) -> None:
     """Every matrix inside every family's layers is one that LoRA and Muon take."""
     for family in FAMILIES:
-        for name, module in plan_conversion(zoo[family]).model().named_modules():
+        model = plan_conversion(zoo[family]).model()
+        inner = {name for name, parameter in model.named_parameters() if is_inner_matrix(name, parameter)}
+        linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        assert inner == linear - {"lm_head.weight"}
+        for name, module in model.named_modules():
             if isinstance(module, torch.nn.Linear) and any(part in name for part in ("prelude", "core", "coda")):
                 assert name.rpartition(".")[2] in LAYER_MATRICES
 

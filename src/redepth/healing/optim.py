@@ -14,7 +14,7 @@ from redepth.modeling import RecurrentDepthForCausalLM
 from .recipe import HealRecipe
 
 MODULE_OF_GROUP = {"prelude": "prelude", "core": "core_block", "coda": "coda"}
-LAYER_MATRICES = ("Wqkv", "proj", "fc")
+LAYER_MATRICES = ("Wqkv", "proj", "fc", "linear_x", "linear_y", "linear_out")
 # Package that a name in TrainingArguments.optim needs, by a part of the name; the first that fits counts.
 PACKAGE_OF_OPTIMIZER = {
     "torch_8bit": "torchao",
@@ -62,7 +62,7 @@ def _with_lora(model: RecurrentDepthForCausalLM, recipe: HealRecipe) -> nn.Modul
     settings = LoraConfig(
         r=recipe.lora_rank,
         lora_alpha=recipe.lora_alpha,  # type: ignore[arg-type]
-        target_modules=rf"transformer\.({groups})\.\d+\.(attn|mlp)\.({'|'.join(LAYER_MATRICES)})",
+        target_modules=rf"transformer\.({groups})\.\d+\.(attn|recurrence|mlp)\.({'|'.join(LAYER_MATRICES)})",
         modules_to_save=["adapter"],
     )
     torch.manual_seed(recipe.seed)  # of the random half of each update
@@ -142,8 +142,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter maps hidden states to hidden states; embedding and head do not."""
-    return parameter.ndim == 2 and not {"wte", "lm_head"}.intersection(name.split("."))
+    """Whether a parameter maps hidden states to hidden states; embedding and head do not, nor do biases by head."""
+    outside = {"wte", "lm_head"}.intersection(name.split("."))
+    return parameter.ndim == 2 and not outside and not name.endswith("bias")
 
 
 def muon_with_adamw(model: nn.Module, recipe: HealRecipe, decays: set[str]) -> MuonWithAdamW:
