@@ -188,7 +188,7 @@ def main() -> None:
     page = "\n".join("| " + " | ".join(line) + " |" for line in table)
     core = model.config.n_layers_in_recurrent_block
     note = (
-        f"{options.tokens} new tokens, {options.turns} turns, {options.dtype}, {core} layers in the core, seedless (greedy); "
+        f"{options.tokens} new tokens, {options.turns} turns, {options.dtype}, {core} layers in the core, greedy; "
         f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads, "
         f"{platform.machine()}."
     )
