@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from redepth.errors import RedepthError
@@ -141,12 +142,18 @@ def _convert(recipe: ConvertRecipe, folder: Path, tell: Callable[[Progress], Non
         tell(Progress("verify", 1.0))
 
 
+def _held_out(healing: HealRecipe, folder: Path) -> tuple[torch.Tensor, str]:
+    """The healing's held-out rows, `[eval_rows, tokens]`, and what they are of."""
+    _, rows = training_and_held_out(load_tokenizer(folder), healing)
+    return rows, healing.validation or f"held-out documents of {healing.data_names}"
+
+
 def _calibrate(recipe: RetrofitRecipe, folder: Path, tell: Callable[[Progress], None]) -> None:
-    _, held_out = training_and_held_out(load_tokenizer(folder), recipe.heal)
+    held_out, name = _held_out(recipe.heal, folder)
     calibrate(
         folder,
         held_out[: recipe.calibrate.rows],
-        recipe.heal.validation or f"held-out documents of {recipe.heal.data_names}",
+        name,
         recipe.calibrate.most_steps,
         on_row=lambda number, total: tell(Progress("calibrate", number / total)),
     )
@@ -163,11 +170,11 @@ def _evaluate(recipe: RetrofitRecipe, folder: Path, tell: Callable[[Progress], N
     done = read_json(folder / EVALUATION_FILE)
     if done is not None and done["rows"] == rows and set(done["loss"]) == set(map(str, wanted.depths)):
         return Evaluation(**done | {"loss": {int(depth): loss for depth, loss in done["loss"].items()}})
-    _, held_out = training_and_held_out(load_tokenizer(folder), healing.model_copy(update={"eval_rows": rows}))
+    held_out, name = _held_out(healing.model_copy(update={"eval_rows": rows}), folder)
     evaluation = evaluate_held_out(
         folder,
         held_out,
-        healing.validation or f"held-out documents of {healing.data_names}",
+        name,
         wanted.depths,
         on_row=lambda number, total: tell(Progress("evaluate", number / total)),
     )

@@ -93,8 +93,7 @@ def inspect(
             "rope_style": config.rope_style,
             "qk_norm": config.qk_norm,
             "sliding_window": config.sliding_window,
-            "recurrent_layers": sum(config.layer_type(layer) == RECURRENCE for layer in range(config.n_layers or 0))
-            or None,
+            "recurrent_layers": _layer_steps(config, 1)[0] or None,
         },
         "layers": layers,
         "source_layers": {group: converted[group] for group in layers} if converted else None,

@@ -150,8 +150,10 @@ def command(
     if not streams:
         heads = [f"r {'≤' if criterion else '='} {depth}" for depth in depths]
         table = Table(*heads, title=prompt if not quiet else None, title_justify="left")
-        shown = {depth: _coloured(tokenizer, continued[depth].tolist(), steps[depth]) for depth in depths}
-        table.add_row(*(shown[depth] if show_steps else Text(texts[depth]) for depth in depths))
+        if show_steps:
+            table.add_row(*(_coloured(tokenizer, continued[depth].tolist(), steps[depth]) for depth in depths))
+        else:
+            table.add_row(*(Text(texts[depth]) for depth in depths))
         if any(notes.values()) and not quiet:
             table.add_section()
             table.add_row(*notes.values())

@@ -64,11 +64,12 @@ def measure_depths(
             assert logits is not None
             return logits[0].float()
 
-        deepest = F.log_softmax(logits_after(most_steps), dim=-1)
+        deepest_logits = logits_after(most_steps)
+        deepest = F.log_softmax(deepest_logits, dim=-1)
         picks, courses = [], {name: [] for name in EXIT_TESTS}  # type: ignore[var-annotated]
         old = None
         for step in range(1, most_steps + 1):
-            logits = logits_after(step)
+            logits = logits_after(step) if step < most_steps else deepest_logits
             log_p = F.log_softmax(logits, dim=-1)
             found.losses[step - 1] += F.nll_loss(log_p[:-1], ids[0, 1:], reduction="sum").double().cpu()
             found.divergences[step - 1] += F.kl_div(log_p, deepest, reduction="sum", log_target=True).double().cpu()

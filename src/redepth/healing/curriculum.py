@@ -46,7 +46,7 @@ def depth_of_step(recipe: HealRecipe, global_step: int, progress: float) -> tupl
     if recipe.depth_sampling == "fixed":
         steps = round(mean)
         return max(steps - with_gradient, 0), min(steps, with_gradient)
-    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + global_step)
+    generator = torch.Generator().manual_seed(recipe.seed_of(global_step))
     return sample_num_steps(mean, with_gradient, generator)
 
 

@@ -170,7 +170,7 @@ class TrainingRows(torch.utils.data.IterableDataset):
     def __init__(self, recipe: HealRecipe, streams: dict[str, IterableDataset], tokenizer: Any) -> None:
         self._timetable = recipe.timetable()
         self._num_rows = recipe.max_steps * recipe.batch_size
-        self._seed = recipe.seed
+        self._seed_of = recipe.seed_of
         self._separate = recipe.separate_documents
         self._sources = {
             name: SourceRows(stream, name, tokenizer, recipe.sequence_length, recipe.seed)
@@ -194,7 +194,7 @@ class TrainingRows(torch.utils.data.IterableDataset):
         sources: Sequence[DataSource] = next(
             (sources for end, sources in self._timetable if share < end - 1e-9), self._timetable[-1][1]
         )
-        draw = random.Random(self._seed * 1_000_003 + row)
+        draw = random.Random(self._seed_of(row))
         return draw.choices(sources, [source.weight for source in sources])[0].data
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:

@@ -133,6 +133,10 @@ class HealRecipe(BaseModel):
             raise ValueError("eval_depths needs at least one number, none below 1")
         return self
 
+    def seed_of(self, number: int) -> int:
+        """The seed of one step's or row's own draw, so that it does not depend on what was drawn before."""
+        return self.seed * 1_000_003 + number
+
     def timetable(self) -> list[tuple[float, tuple[DataSource, ...]]]:
         """(end as a share of the run, sources) of each phase; a run without phases has one."""
         table, end = [], 0.0

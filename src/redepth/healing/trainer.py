@@ -184,7 +184,7 @@ class HealTrainer(Trainer):
         places = row[:, None] * tokens + torch.arange(tokens, device=input_ids.device)
         model = self.plain_model()
         like = torch.empty(rows, tokens, model.config.n_embd, device=input_ids.device)
-        return model.initialize_state(like, places, self.recipe.seed * 1_000_003 + self.state.global_step)
+        return model.initialize_state(like, places, self.recipe.seed_of(self.state.global_step))
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Clip, and drop the gradients of a step that the guard refuses, so that the optimiser leaves it out."""

@@ -279,7 +279,7 @@ class RecurrentDepthCache(Cache):
         # Beside keys and values, the states of recurrent layers; None where the model has none.
         self.recurrent: RecurrentSlots | None = None
         if config.has_recurrence:
-            if self.rule.name not in ("full", "latest") and self.rule.missing != "refuse":
+            if self.rule.missing != "refuse" and self.rule.name != "latest":
                 raise ValueError(
                     f"cache rule {self.rule.name!r} can't go with recurrent layers, whose states hold every token; use 'latest'"
                 )

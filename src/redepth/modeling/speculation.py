@@ -43,6 +43,13 @@ def draft_length(rate: float, draft_cost: float, verify_cost: float) -> int:
     return max(range(1, MOST_DRAFTED + 1), key=tokens_for_cost)
 
 
+def choose(rows: UnevenRows, scores: torch.Tensor) -> torch.Tensor:
+    """The next token of each row, `[B]`, from processed logits `[B, V]`: the likeliest, or a sampled one."""
+    if not rows.settings.do_sample:
+        return scores.argmax(-1)
+    return torch.multinomial(scores.softmax(-1), 1)[:, 0]
+
+
 class Round:
     """One round: k drafted tokens for every row, `[B, k]`, and what the deep model makes of them."""
 
@@ -62,7 +69,7 @@ class Round:
             for step in range(1, draft_steps + 1):
                 state = model._step(embedded, state, context, step)
             scores = rows.processed(model._logits(model._coda(state, context)[1])[:, 0], places[:, i] + 1)
-            chosen = self._choose(rows, scores)
+            chosen = choose(rows, scores)
             next_places = places[:, i : i + 1] + 1
             chosen = torch.where(real[:, i], chosen, rows.ids.gather(1, next_places)[:, 0])
             rows.ids.scatter_(1, next_places, chosen[:, None])
@@ -76,12 +83,6 @@ class Round:
             state = model._step(embedded, state, context, step)
         logits = model._logits(model._coda(state, context)[1])
         self.wanted = [rows.processed(logits[:, i], places[:, i] + 1) for i in range(k)]
-
-    @staticmethod
-    def _choose(rows: UnevenRows, scores: torch.Tensor) -> torch.Tensor:
-        if not rows.settings.do_sample:
-            return scores.argmax(-1)
-        return torch.multinomial(scores.softmax(-1), 1)[:, 0]
 
     def emitted(self, row: int, do_sample: bool) -> tuple[list[int], int]:
         """The tokens that this round gives a row, and how many of them were drafted."""
@@ -135,7 +136,7 @@ def speculative_decoding(
     config, do_sample = model.config, rows.settings.do_sample
     draft_cost = config.n_layers_in_prelude + draft_steps * config.n_layers_in_recurrent_block + config.n_layers_in_coda
     verify_cost = (num_steps - draft_steps) * config.n_layers_in_recurrent_block + config.n_layers_in_coda
-    first = Round._choose(rows, rows.processed(rows.prefill(num_steps), rows.lengths))
+    first = choose(rows, rows.processed(rows.prefill(num_steps), rows.lengths))
     for row, token in enumerate(first.tolist()):
         rows.append(row, [token])
     rate, rounds, drafted, accepted = START_RATE, 0, 0, 0

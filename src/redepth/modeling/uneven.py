@@ -41,7 +41,8 @@ class UnevenRows:
         self.state_seed: int | None = prepared.get("state_seed")
         self.start = input_ids.shape[1]
         rows, pad = len(input_ids), self.settings._pad_token_tensor
-        self.ids = input_ids.new_full((rows, self.settings.max_length), int(pad) if pad is not None else 0)
+        self.pad = int(pad) if pad is not None else 0
+        self.ids = input_ids.new_full((rows, self.settings.max_length), self.pad)
         self.ids[:, : self.start] = input_ids
         self.lengths = torch.full((rows,), self.start, device=input_ids.device)
         self.running = torch.ones(rows, dtype=torch.bool, device=input_ids.device)
@@ -138,9 +139,8 @@ class UnevenRows:
         if self.streamer is not None:
             self.streamer.end()
         width = int(self.lengths.max())
-        pad = self.settings._pad_token_tensor
         beyond = torch.arange(self.ids.shape[1], device=self.ids.device) >= self.lengths[:, None]
-        ids = self.ids.masked_fill(beyond, int(pad) if pad is not None else 0)[:, :width]
+        ids = self.ids.masked_fill(beyond, self.pad)[:, :width]
         self.cache.settle(self.lengths - 1, steps_run)
         if not self.settings.return_dict_in_generate:
             return ids

@@ -136,19 +136,17 @@ def wavefront_decoding(
         moved = (state - old).float().norm(dim=-1) / state.float().norm(dim=-1)
         passes, core_passes = passes + 1, core_passes + int(real.sum()) * settings["inner_steps"]
 
-        where = (every_row.expand_as(index)[real], index[real])
-        states[where] = state[real]
-        steps[where] += settings["inner_steps"]
-        steady[where] += settings["inner_steps"]
+        states[_cells(index, real)] = state[real]
+        steps[_cells(index, real)] += settings["inner_steps"]
+        steady[_cells(index, real)] += settings["inner_steps"]
         settled = real & ((moved < settings["threshold"]) | (steady[every_row, index] >= most))
         unchanged = guesses[every_row, index + 1] == picked
         # A place closes with all before it, if the token it has just run on is the one that they lead to.
         settled[:, 1:] &= unchanged[:, :-1]
         closing = settled.long().cumprod(1).sum(1)
         changed = real & ~unchanged
-        guesses[every_row.expand_as(index)[changed], index[changed] + 1] = picked[changed]
-        after = changed & (index + 1 < places_in_all)
-        steady[every_row.expand_as(index)[after], index[after] + 1] = 0
+        guesses[_cells(index + 1, changed)] = picked[changed]
+        steady[_cells(index + 1, changed & (index + 1 < places_in_all))] = 0
 
         for row in rows.running.nonzero()[:, 0].tolist():
             begin = int(closed[row])
@@ -164,6 +162,12 @@ def wavefront_decoding(
     if settings["report_agreement"]:
         stats["agreement"] = agreement_with_plain(rows, chooser, most)
     return rows.finish(steps[:, : int(closed.max())], stats)
+
+
+def _cells(index: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and columns of the chosen entries of `index` `[B, W]`, which names a column for each row."""
+    rows = torch.arange(len(index), device=index.device)[:, None].expand_as(index)
+    return rows[chosen], index[chosen]
 
 
 def _guess_onwards(guesses: torch.Tensor, opened: torch.Tensor) -> None:
