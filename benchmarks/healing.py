@@ -178,14 +178,23 @@ def show(results: list[dict[str, Any]]) -> None:
     Console(width=140).print(table)
 
 
+def depth_pair(text: str) -> str:
+    """WITHOUT,WITH from either form of `--num-steps`, as argparse wants its types."""
+    parts = text.split(",")
+    if len(parts) > 2 or not all(part.isdigit() for part in parts) or not any(int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of steps nor WITHOUT,WITH such as 8,8")
+    return text if len(parts) == 2 else f"0,{text}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", nargs="+", choices=[*DTYPES], default=[*DTYPES])
     parser.add_argument(
         "--num-steps",
         nargs="+",
+        type=depth_pair,
         default=["0,4", "8,8", "0,16"],
-        help="WITHOUT,WITH gradient; several for several cases",
+        help="steps, all with gradient, or WITHOUT,WITH gradient; several for several cases",
     )
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)

@@ -159,6 +159,14 @@ def test_what_can_not_go_with_a_state_is_refused(models) -> None:
             model.generate(ids, **OPTIONS | options)
 
 
+def test_a_refused_rule_is_answered_with_one_that_works(models) -> None:
+    model, ids = models["griffin"], random_ids(1, 4)
+    options = OPTIONS | {"criterion": "latent-diff"}
+    with pytest.raises(ValueError, match="use 'latest'"):
+        model.generate(ids, **options, cache_rule="ring-2")
+    model.generate(ids, **options, cache_rule="latest")
+
+
 def test_step_calls_equal_forward(model) -> None:
     ids = random_ids(2, 9)
     with torch.no_grad():

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+import transformers
 from torch.nn import functional as F
 
 import redepth
@@ -99,6 +100,11 @@ def test_the_checkpoint_keeps_and_obeys_it(zoo, tmp_path, caplog) -> None:
         assert torch.equal(model(ids).logits, model(ids, num_steps=3).logits)
     wanted = model.generate(ids, num_steps=3, max_new_tokens=4, do_sample=False)
     assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), wanted)
+    told = transformers.AutoModelForCausalLM.from_pretrained(out, num_steps=4)
+    with torch.no_grad():
+        assert torch.equal(told(ids).logits, model(ids, num_steps=4).logits)
+    with pytest.raises(ValueError, match="num_steps must be at least 1"):
+        transformers.AutoModelForCausalLM.from_pretrained(out, num_steps=0)(ids)
 
     for num_steps, warnings in ((2, 0), (5, 0), (6, 1), (6, 1), (1, 2)):
         with caplog.at_level(logging.WARNING):

@@ -43,6 +43,8 @@ class RecurrentDepthConfig(PreTrainedConfig):
             `init_values["std"]` and `init_values["embed_scale"]` by default.
         state_seed (`int`): seed of the noise outside training; position t's noise depends on (seed, t) alone.
         cache_rule (`str`): default rule of the cache, see `cache.RecurrentDepthCache`.
+        num_steps (`int`, *optional*): the depth to run when none is given; the calibrated one, or else `mean_recurrence`,
+            by default. It serves callers that can't pass one, as `from_pretrained(folder, num_steps=8)`.
         depth_profile (`dict`, *optional*): what calibration measured: `num_steps`, the depth to use when none is given;
             `valid_range`, the least and the most steps that are sound; `thresholds` of the exit tests by wanted agreement;
             and by number of steps, from 1, `loss`, `kl_to_deepest`, `agreement` and `exit_rates`.
@@ -105,6 +107,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
     state_scale: float | None = None
     state_seed: int = 0
     cache_rule: str = "full"
+    num_steps: int | None = None
     depth_profile: dict[str, Any] | None = None
     init_values: dict[str, float] | None = None
 
@@ -151,7 +154,9 @@ class RecurrentDepthConfig(PreTrainedConfig):
 
     @property
     def default_num_steps(self) -> int:
-        """The depth to run when none is given: the calibrated one, or the one the model was trained for."""
+        """The depth to run when none is given: the config's own, the calibrated one, or the one it was trained for."""
+        if self.num_steps is not None:
+            return self.num_steps
         return self.depth_profile["num_steps"] if self.depth_profile is not None else self.mean_recurrence
 
     def layer_type(self, layer: int) -> str:

@@ -34,7 +34,8 @@ def cache_rule_for(config: RecurrentDepthConfig, rule: str | None, criterion: An
     if rule is None:
         return config.cache_rule if parse_cache_rule(config.cache_rule).missing != "refuse" else "latest"
     if parse_cache_rule(rule).missing == "refuse":
-        joined = "latest" if rule == "full" else f"latest+{parse_cache_rule(rule).name}"
+        # Recurrent layers take no combination of rules, so that `latest` alone is left.
+        joined = "latest" if rule == "full" or config.has_recurrence else f"latest+{parse_cache_rule(rule).name}"
         raise ValueError(f"a criterion can't go with cache rule {rule!r}, which needs every step; use {joined!r}")
     return rule
 

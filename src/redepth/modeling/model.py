@@ -641,7 +641,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         """transformers' `generate`; what `forward` takes passes through it, and there are two more ways of decoding.
 
         Args:
-            num_steps: the default is the calibrated depth, or the one the model was trained for.
+            num_steps: the config's `default_num_steps` by default.
             draft_steps: draft tokens with so few steps and verify them with `num_steps` in one pass (self-speculative
                 decoding): the same output, or the same distribution, sooner; see `speculation.speculative_decoding`.
             draft_tokens: how many are drafted at a time; adapted to what is accepted by default.
