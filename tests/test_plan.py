@@ -1,9 +1,11 @@
 """Plans of any depth: groups are in order, disjoint, and written as they are read."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redepth.surgery.plan import default_plan, make_plan
+from redepth.errors import RedepthError
+from redepth.surgery.plan import Plan, default_plan, make_plan
 
 
 @given(st.integers(1, 200))
@@ -34,3 +36,21 @@ def test_open_and_negative_ends() -> None:
     plan = make_plan(10, ":3", "-6:-4", "8:")
     assert (plan.prelude, plan.core, plan.coda) == ((0, 1, 2), (4, 5), (8, 9))
     assert make_plan(10, core="4:6") == make_plan(10, "0:4", "4:6", "6:10")
+
+
+@given(st.sets(st.integers(0, 29), min_size=3))
+def test_layers_left_out_within_a_group(kept: set[int]) -> None:
+    layers = tuple(sorted(kept))
+    third = len(layers) // 3
+    plan = Plan(layers[:third], layers[third : 2 * third], layers[2 * third :], 30)
+    assert make_plan(30, **plan.slices()) == plan
+    assert sorted(plan.layers + plan.dropped) == list(range(30))
+
+
+def test_slices_with_commas() -> None:
+    plan = make_plan(10, core="2:4,5:7")
+    assert (plan.prelude, plan.core, plan.coda) == ((0, 1), (2, 3, 5, 6), (7, 8, 9))
+    assert plan.dropped == (4,) and plan.slices()["core"] == "2:4,5:7"
+    for wrong in ("2:4,", "5:7,2:4", "2:4,3:5", "2,3"):
+        with pytest.raises(RedepthError):
+            make_plan(10, core=wrong)

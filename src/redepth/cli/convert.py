@@ -84,7 +84,7 @@ def command(
         str, typer.Argument(help="Hub id, local folder, .gguf or .pt file, smollm2-135m or gemma3-270m.")
     ],
     out: Annotated[Path | None, typer.Argument(help="Folder to write.")] = None,
-    prelude: Annotated[str | None, typer.Option(help="Source layers before the core, such as 0:4.")] = None,
+    prelude: Annotated[str | None, typer.Option(help="Source layers before the core, such as 0:4 or 0:2,3:5.")] = None,
     core: Annotated[str | None, typer.Option(help="Source layers to loop; the middle fifth by default.")] = None,
     coda: Annotated[str | None, typer.Option(help="Source layers after the core.")] = None,
     adapter: Annotated[str, typer.Option(help="inject, blend:α or random.")] = DEFAULT_ADAPTER,

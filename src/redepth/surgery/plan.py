@@ -46,7 +46,7 @@ class Plan:
         return Plan(tuple(order[:first]), tuple(order[first:second]), tuple(order[second:]), self.num_layers)
 
     def slices(self) -> dict[str, str]:
-        """The three groups as Python slices, or as comma-separated indices where they are not contiguous."""
+        """The three groups as Python slices, comma-separated where layers are left out between them."""
         return {group: _as_slice(getattr(self, group)) for group in GROUPS}
 
     def __str__(self) -> str:
@@ -56,22 +56,27 @@ class Plan:
 def _as_slice(layers: tuple[int, ...]) -> str:
     if not layers:
         return "0:0"
-    if layers == tuple(range(layers[0], layers[-1] + 1)):
-        return f"{layers[0]}:{layers[-1] + 1}"
-    return ",".join(str(layer) for layer in layers)
+    starts = [i for i, layer in enumerate(layers) if i == 0 or layer != layers[i - 1] + 1]
+    runs = [layers[start:stop] for start, stop in zip(starts, [*starts[1:], len(layers)], strict=True)]
+    return ",".join(f"{run[0]}:{run[-1] + 1}" for run in runs)
 
 
-def _parse_range(group: str, text: str, num_layers: int) -> tuple[int, ...]:
-    match = re.fullmatch(r"\s*(-?\d*)\s*:\s*(-?\d*)\s*", text)
-    if match is None:
-        raise RedepthError(f"--{group} {text!r} is not a range of layers; write it as START:STOP, such as 4:10")
-    start, stop = (int(bound) if bound else None for bound in match.groups())
-    for bound in (start, stop):
-        if bound is not None and not -num_layers <= bound <= num_layers:
+def _parse_layers(group: str, text: str, num_layers: int) -> tuple[int, ...]:
+    layers: tuple[int, ...] = ()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(-?\d*)\s*:\s*(-?\d*)\s*", part)
+        if match is None:
             raise RedepthError(
-                f"--{group} {text} reaches layer {bound}, but the source has {num_layers} layers (0 to {num_layers - 1})"
+                f"--{group} {text!r} is not a range of layers; write it as START:STOP, such as 4:10 or 4:7,8:10"
             )
-    return tuple(range(num_layers)[start:stop])
+        start, stop = (int(bound) if bound else None for bound in match.groups())
+        for bound in (start, stop):
+            if bound is not None and not -num_layers <= bound <= num_layers:
+                raise RedepthError(
+                    f"--{group} {text} reaches layer {bound}, but the source has {num_layers} layers (0 to {num_layers - 1})"
+                )
+        layers += tuple(range(num_layers)[start:stop])
+    return layers
 
 
 def default_plan(num_layers: int) -> Plan:
@@ -86,7 +91,7 @@ def default_plan(num_layers: int) -> Plan:
 
 
 def make_plan(num_layers: int, prelude: str | None = None, core: str | None = None, coda: str | None = None) -> Plan:
-    """The plan for ranges written as Python slices; the default plan if none is given.
+    """The plan for ranges written as Python slices, several with commas; the default plan if none is given.
 
     A core alone is enough: the layers before it become the prelude and those after it the coda.
 
@@ -97,12 +102,12 @@ def make_plan(num_layers: int, prelude: str | None = None, core: str | None = No
         if prelude is not None or coda is not None:
             raise RedepthError("--prelude and --coda need --core too; give the layers to loop, such as --core 10:16")
         return default_plan(num_layers)
-    core_layers = _parse_range("core", core, num_layers)
+    core_layers = _parse_layers("core", core, num_layers)
     if not core_layers:
         raise RedepthError(f"--core {core} holds no layer; the core needs at least one")
-    prelude_layers = tuple(range(core_layers[0])) if prelude is None else _parse_range("prelude", prelude, num_layers)
+    prelude_layers = tuple(range(core_layers[0])) if prelude is None else _parse_layers("prelude", prelude, num_layers)
     coda_layers = (
-        tuple(range(core_layers[-1] + 1, num_layers)) if coda is None else _parse_range("coda", coda, num_layers)
+        tuple(range(core_layers[-1] + 1, num_layers)) if coda is None else _parse_layers("coda", coda, num_layers)
     )
     plan = Plan(prelude_layers, core_layers, coda_layers, num_layers)
     if list(plan.layers) != sorted(set(plan.layers)):
