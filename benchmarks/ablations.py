@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pages import replace_table
+
 from redepth.healing.heal import heal
 from redepth.healing.recipe import HealRecipe
 from redepth.surgery.convert import plan_conversion
 from redepth.surgery.folder import HEALING_FILE
 
 SOURCE = "smollm2-135m"
-BEGIN, END = "<!-- measured by benchmarks/ablations.py -->", "<!-- end of the measured table -->"
 CONVERT = {"core": "12:18", "adapter": "blend:0.25"}
 HEAL = {
     "separate_documents": False,
@@ -117,11 +118,7 @@ def main() -> None:
             print(f"{name} finished")
         print(table(options.out))
         return
-    before, found, rest = options.write.read_text(encoding="utf-8").partition(BEGIN)
-    _, found_end, after = rest.partition(END)
-    if not found or not found_end:
-        raise SystemExit(f"{options.write} has no place for the table; put {BEGIN} and {END} into it")
-    options.write.write_text(f"{before}{BEGIN}\n{table(options.out)}\n{END}{after}", encoding="utf-8")
+    replace_table(options.write, Path(__file__).name, table(options.out))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import transformers
+from pages import replace_table
 from rich.console import Console
 from rich.progress import track
 from torch.nn import functional as F
@@ -33,7 +34,6 @@ from redepth.modeling.decoding import cache_rule_for
 from redepth.modeling.exits import EXIT_TESTS
 
 DEEPEST = 32
-BEGIN, END = "<!-- measured by benchmarks/depth_policies.py -->", "<!-- end of the measured table -->"
 
 
 def policies(config: Any) -> dict[str, dict[str, Any]]:
@@ -195,11 +195,7 @@ def main() -> None:
     if options.write is None:
         Console().print(page + "\n\n" + note, soft_wrap=True, highlight=False, markup=False)
         return
-    before, found, rest = options.write.read_text(encoding="utf-8").partition(BEGIN)
-    if not found or END not in rest:
-        raise SystemExit(f"{options.write} has no place for the table; put {BEGIN} and {END} into it")
-    after = rest.partition(END)[2]
-    options.write.write_text(f"{before}{BEGIN}\n{page}\n\n{note}\n{END}{after}", encoding="utf-8")
+    replace_table(options.write, Path(__file__).name, f"{page}\n\n{note}")
 
 
 if __name__ == "__main__":

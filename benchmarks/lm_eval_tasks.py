@@ -1,7 +1,7 @@
 """Task files for lm-eval that read local .jsonl files instead of the hub.
 
     python benchmarks/lm_eval_tasks.py EVAL_FOLDER TASKS_FOLDER
-    lm_eval --model hf --model_args pretrained=./smollm2-retrofit,trust_remote_code=True,num_steps=4 \
+    lm_eval run --model hf --model_args pretrained=./smollm2-retrofit,trust_remote_code=True,num_steps=4 \
         --include_path TASKS_FOLDER --tasks arc_easy_local,sciq_local
 
 Each NAME.jsonl in EVAL_FOLDER holds the rows of lm-eval's own task NAME in their hub schema. The task is lm-eval's, included

@@ -10,6 +10,7 @@ move the figure; it says nothing of another seed of training.
 import argparse
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import torch
@@ -22,7 +23,7 @@ from redepth.healing.trainer import processor_has_bf16
 from redepth.loading import load_tokenizer
 
 
-def rows_by_source(file: Path, tokenizer: object, length: int, rows: int) -> dict[str, torch.Tensor]:
+def rows_by_source(file: Path, tokenizer: Any, length: int, rows: int) -> dict[str, torch.Tensor]:
     """The first `rows` rows of `length` tokens of each source, documents laid end to end."""
     tokens: dict[str, list[int]] = defaultdict(list)
     for document in pq.read_table(file, columns=["text", "source"]).to_pylist():
