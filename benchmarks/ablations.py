@@ -35,6 +35,8 @@ HEAL = {
     "compile": True,
     "report_to": "none",
 }
+# The four-layer plan that `redepth plan --core-layers 6` measures as the least hurt, and the start that it proposes.
+FOUR_DROPPED = {"prelude": "0:4", "core": "8:14", "coda": "14:30", "adapter": "blend:0.2"}
 NO_RECURRENCE = {"depth_sampling": "fixed", "mean_recurrence": 1, "curriculum": "constant", "eval_depths": (1,)}
 
 
@@ -58,6 +60,15 @@ RUNS = {
     "influence": Run(
         "the 8 layers of least block influence dropped",
         {"prelude": "0:3,4:7", "core": "7:12,16:17,18:22", "coda": "22:25,27:30"},
+    ),
+    "early": Run("core 5:11, `blend:0.1`", {"core": "5:11", "adapter": "blend:0.1"}),
+    "four": Run("4 layers dropped as `redepth plan` proposes: 0:4, 8:14, 14:30, `blend:0.2`", FOUR_DROPPED),
+    "four-deep": Run(
+        "`four` with a mean r of 6 throughout", FOUR_DROPPED, {"curriculum": "constant", "mean_recurrence": 6}
+    ),
+    "four-static": Run("`four` without recurrence, the same tokens", FOUR_DROPPED, NO_RECURRENCE),
+    "four-static-flops": Run(
+        "`four` without recurrence, the FLOPs of `four` (101 steps)", FOUR_DROPPED, NO_RECURRENCE | {"max_steps": 101}
     ),
     "distill": Run("half of the loss from the source", heal={"distill": 0.5}),
     "fixed": Run("r = 4 from the start", heal={"depth_sampling": "fixed", "curriculum": "constant"}),

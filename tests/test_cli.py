@@ -1,11 +1,14 @@
 """The commands as a user runs them: a good run, a wrong one, and the help."""
 
+import contextlib
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from redepth.cli import main
+from redepth.cli import console, main
 from tests.test_healing import byte_tokenizer
 
 
@@ -302,3 +305,33 @@ def test_heal_mistakes_leave_nothing(redepth_command, checkpoint: Path) -> None:
         assert (code, len(err.splitlines())) == (2, 1), err
         assert message in err
     assert not (checkpoint / "healing").exists()
+
+
+def test_progress_in_a_log_file_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, log = [0.0], io.StringIO()
+    monkeypatch.setattr(console, "remarks", Console(file=log))
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    with contextlib.suppress(KeyboardInterrupt), console.progress_bar(quiet=False) as update:
+        for second in range(100):
+            clock[0] = float(second)
+            update("training", second / 200, f"step {second}")
+        update("evaluate", 0.0)
+        update("evaluate", 1.0)
+        update("calibrate", 0.5)
+        raise KeyboardInterrupt
+    assert log.getvalue().splitlines() == [
+        "training 15 %: step 30",
+        "training 30 %: step 60",
+        "training 45 %: step 90",
+        "evaluate 100 %",
+        "training 50 %: step 99",
+        "calibrate 50 %",
+    ]
+
+
+def test_quiet_progress_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = io.StringIO()
+    monkeypatch.setattr(console, "remarks", Console(file=log))
+    with console.progress_bar(quiet=True) as update:
+        update("training", 1.0)
+    assert log.getvalue() == ""

@@ -1,6 +1,7 @@
 """What the commands share: options, progress, and results for people or machines."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -15,6 +16,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON o
 Checkpoint = Annotated[str, typer.Argument(metavar="OUT", help="Folder or hub id of a recurrent checkpoint.")]
 Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")]
+
+SECONDS_BETWEEN_LINES = 30.0
 
 remarks = Console(stderr=True)
 results = Console()
@@ -39,7 +42,16 @@ def print_json(content: Any) -> None:
 
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[Callable[..., None]]:
-    """Yields `update(part, done, note="")` with `done` in [0, 1]; a part's bar appears when it is first named."""
+    """Yields `update(part, done, note="")` with `done` in [0, 1]; a part's bar appears when it is first named.
+
+    Where standard error is no terminal, lines take the bars' place.
+    """
+    if quiet:
+        yield lambda part, done, note="": None
+        return
+    if not remarks.is_terminal:
+        yield from _progress_lines()
+        return
     columns = (
         TextColumn("{task.description:<14}"),
         BarColumn(),
@@ -48,7 +60,7 @@ def progress_bar(quiet: bool) -> Iterator[Callable[..., None]]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    progress = Progress(*columns, console=remarks, disable=quiet)
+    progress = Progress(*columns, console=remarks)
     tasks: dict[str, Any] = {}
 
     def update(part: str, done: float, note: str = "") -> None:
@@ -62,6 +74,28 @@ def progress_bar(quiet: bool) -> Iterator[Callable[..., None]]:
     finally:
         if tasks:
             progress.stop()
+
+
+def _progress_lines() -> Iterator[Callable[..., None]]:
+    """For log files: a line when a part has ended, and every SECONDS_BETWEEN_LINES while it lasts."""
+    said_at: dict[str, float] = {}
+    unsaid: dict[str, str] = {}
+
+    def say(part: str) -> None:
+        said_at[part] = time.monotonic()
+        remarks.print(unsaid.pop(part), highlight=False, soft_wrap=True)
+
+    def update(part: str, done: float, note: str = "") -> None:
+        unsaid[part] = f"{part} {100 * done:.0f} %" + (f": {note}" if note else "")
+        waited = time.monotonic() - said_at.setdefault(part, time.monotonic())
+        if done >= 1 or waited >= SECONDS_BETWEEN_LINES:
+            say(part)
+
+    try:
+        yield update
+    finally:
+        for part in list(unsaid):
+            say(part)
 
 
 def loss_table(title: str, rows: dict[str, dict[int, float]]) -> Table:
