@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import redepth
@@ -17,7 +19,7 @@ from redepth.surgery.convert import plan_conversion
 from redepth.surgery.families import families, parse_family
 from redepth.surgery.plan import Plan
 from redepth.surgery.verify import TOLERANCE
-from redepth.surgery.weights import to_source
+from redepth.surgery.weights import adapter_weight, to_source
 from tests.zoo import COMMON, FAMILIES, make_model, random_ids, save_source
 
 
@@ -97,10 +99,20 @@ def test_weight_table_reads_backwards(source: Path) -> None:
     assert all(torch.equal(back[name], original[name]) for name in original)
 
 
-def test_bfloat16_conversion_is_the_rounded_source(zoo, tmp_path: Path) -> None:
-    redepth.convert(zoo["qwen3"], tmp_path / "out", core="1:3", dtype="bfloat16")
+@pytest.mark.parametrize("adapter", ["blend:0.125", "blend:0.1"])
+def test_bfloat16_conversion_is_the_rounded_source(zoo, tmp_path: Path, adapter: str) -> None:
+    redepth.convert(zoo["qwen3"], tmp_path / "out", core="1:3", dtype="bfloat16", adapter=adapter)
     assert load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
     assert redepth.verify(tmp_path / "out").passed
+
+
+@given(st.floats(0, 1, exclude_min=True), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_both_parts_of_a_blend_are_exact_and_add_up_to_one(alpha: float, dtype: torch.dtype) -> None:
+    state, embedded = adapter_weight(f"blend:{alpha!r}", 1, dtype).to(dtype).double().flatten().tolist()
+    assert state + embedded == 1
+    assert abs(state - alpha) <= torch.finfo(dtype).eps / 2
+    assert state > 0
+    assert (embedded > 0) == (alpha < 1)
 
 
 def test_untie_and_tie(zoo, tmp_path: Path) -> None:

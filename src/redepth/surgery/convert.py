@@ -32,7 +32,7 @@ from .weights import (
     weight_table,
 )
 
-DEFAULT_ADAPTER = "blend:0.25"
+DEFAULT_ADAPTER = "blend:0.125"
 DEFAULT_STATE = "embed"
 DEFAULT_SHARD_SIZE = "1GB"
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -168,7 +168,7 @@ class Conversion:
             return self.source.read(self.family.outer[EMBEDDING] if untied else name)
 
         generator = torch.Generator().manual_seed(self.seed)
-        adapter = adapter_weight(self.adapter, self.config.n_embd, generator)
+        adapter = adapter_weight(self.adapter, self.config.n_embd, self.dtype, generator)
         yield from to_recurrent(self.table, read, adapter, self.dtype)
 
     def model(self) -> RecurrentDepthForCausalLM:

@@ -19,7 +19,7 @@ from .sources import Source
 from .weights import ADAPTER, GROUP_MODULES, adapter_weight, parse_adapter
 
 DEPTHS = (1, 2, 4, 8)
-ADAPTERS = ("inject", "blend:0.1", "blend:0.25", "blend:0.5")
+ADAPTERS = ("inject", "blend:0.125", "blend:0.25", "blend:0.5")
 # The first look at every stretch is taken with this start on a quarter of the text.
 SCREENING_ADAPTER = "blend:0.25"
 SHORTLIST = 6
@@ -141,7 +141,8 @@ class _Bench:
             self.model.transformer[module] = nn.ModuleList(self.layers[layer] for layer in getattr(plan, group))
 
     def start(self, adapter: str) -> None:
-        self.model.get_parameter(ADAPTER).copy_(adapter_weight(adapter, self.model.config.n_embd))
+        dtype = self.autocast or torch.float32
+        self.model.get_parameter(ADAPTER).copy_(adapter_weight(adapter, self.model.config.n_embd, dtype))
         torch.clear_autocast_cache()  # which may hold the last start's weight
 
     def source_states(self, ids: torch.Tensor) -> list[torch.Tensor]:

@@ -88,16 +88,22 @@ def check_names(family: Family, plan: Plan, table: list[Entry], names: list[str]
             )
 
 
-def adapter_weight(adapter: str, width: int, generator: torch.Generator | None = None) -> torch.Tensor:
+def adapter_weight(
+    adapter: str, width: int, dtype: torch.dtype, generator: torch.Generator | None = None
+) -> torch.Tensor:
     """The adapter's start, `[D, 2 D]` on `[state; e]`, in fp32.
 
-    `inject` is `[0 | I]`; `blend:α` is `[α I | (1 − α) I]`; `random` is a normal cut at ±3 std with std √(2/(5 D)).
+    `inject` is `[0 | I]`; `blend:α` is `[α I | (1 − α) I]`, with the next α whose parts are exact in `dtype`, so that
+    they add up to one there; `random` is a normal cut at ±3 std with std √(2/(5 D)).
     """
     kind, alpha = parse_adapter(adapter)
     identity = torch.eye(width)
     if kind == "inject":
         return torch.cat([torch.zeros(width, width), identity], dim=1)
     if kind == "blend":
+        spacing = torch.finfo(dtype).eps / 2  # of the dtype's numbers from 1/2 to 1
+        most = round(1 / spacing) - (alpha < 1)
+        alpha = min(max(round(alpha / spacing), 1), most) * spacing
         return torch.cat([alpha * identity, (1 - alpha) * identity], dim=1)
     std = (2 / (5 * width)) ** 0.5
     weight = torch.empty(width, 2 * width)
