@@ -115,6 +115,7 @@ def test_muon_trains_matrices_and_adamw_the_rest(checkpoint: Path) -> None:
         [{"params": pick(decays - inner), "weight_decay": 0.1}, {"params": pick(set(names) - decays - inner)}],
         lr=1e-3,
         weight_decay=0.0,
+        fused=True,  # as ours: a last bit's difference here would become 1e-4 in Muon's bf16
     )
     for step in range(4):
         if step == 2:
@@ -129,7 +130,7 @@ def test_muon_trains_matrices_and_adamw_the_rest(checkpoint: Path) -> None:
         muon.step()
         adamw.step()
     for (name, first), second in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-7, msg=name)
 
 
 def test_muon_heals(checkpoint: Path) -> None:
