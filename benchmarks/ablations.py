@@ -35,7 +35,7 @@ HEAL = {
     "compile": True,
     "report_to": "none",
 }
-# The four-layer plan that `redepth plan --core-layers 6` measures as the least hurt, and the start that it proposes.
+# The least hurt of the plans without four layers that `redepth plan` tried with a core of 6 (dev/LOG.md).
 FOUR_DROPPED = {"prelude": "0:4", "core": "8:14", "coda": "14:30", "adapter": "blend:0.2"}
 NO_RECURRENCE = {"depth_sampling": "fixed", "mean_recurrence": 1, "curriculum": "constant", "eval_depths": (1,)}
 

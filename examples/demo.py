@@ -20,7 +20,7 @@ FOLDER = Path("demo")
 RECIPE = Path(__file__).parent.parent / "recipes" / "demo.yaml"
 PLANS = {
     "every layer kept": [],
-    # What `redepth plan smollm2-135m --core-layers 6 --drop-layers 4` finds least hurt.
+    # The least hurt of those that `redepth plan` tried with a core of 6 layers (dev/LOG.md).
     "4 layers dropped": ["--prelude", "0:4", "--core", "8:14", "--coda", "14:30", "--adapter", "blend:0.2"],
 }
 PROMPT = "The capital of France is"
