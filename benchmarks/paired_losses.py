@@ -12,6 +12,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
@@ -24,55 +25,65 @@ from redepth.healing.trainer import processor_has_bf16
 from redepth.loading import load_tokenizer
 
 
+def folder_and_steps(model: str) -> tuple[str, int]:
+    """FOLDER:R in its two parts."""
+    folder, _, steps = model.rpartition(":")
+    if not folder or not steps.isdigit():
+        raise argparse.ArgumentTypeError(f"{model!r} is not FOLDER:R, such as ./retrofit:4")
+    return folder, int(steps)
+
+
 def rows_by_source(file: Path, tokenizer: Any, length: int, rows: int) -> dict[str, torch.Tensor]:
     """The first `rows` rows of `length` tokens of each source that has two, documents laid end to end."""
-    documents = Dataset(pq.read_table(file, columns=["text", "source"]))
+    table = pq.read_table(file, columns=["text", "source"])
     found = {}
-    for source in documents.unique("source"):
-        own = [number for number, name in enumerate(documents["source"]) if name == source]
+    for source in table["source"].unique().to_pylist():
+        documents = Dataset(table.filter(pc.field("source") == source)).to_iterable_dataset()
         with contextlib.suppress(RedepthError):  # shorter than a single row
-            found[source], _ = held_out_rows(documents.select(own).to_iterable_dataset(), tokenizer, length, rows)
+            found[source], _ = held_out_rows(documents, tokenizer, length, rows)
     return {source: ids for source, ids in found.items() if len(ids) > 1}
 
 
-def losses(model: str, texts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Loss of every row, by source, of a model written as FOLDER:R."""
-    folder, _, steps = model.rpartition(":")
-    recurrent, depth = load(folder), int(steps)
+def losses(folder: str, depths: list[int], texts: dict[str, torch.Tensor]) -> dict[int, dict[str, torch.Tensor]]:
+    """Loss of every row, by depth and source, and of all rows."""
+    model = load(folder)
     with torch.autocast("cpu", torch.bfloat16, enabled=processor_has_bf16()):
-        return {
-            source: torch.tensor([loss_by_depth(recurrent, row[None], (depth,))[depth] for row in ids])
-            for source, ids in texts.items()
-        }
+        rows = {source: [loss_by_depth(model, row[None], depths) for row in ids] for source, ids in texts.items()}
+    rows["all"] = [row for of_source in rows.values() for row in of_source]
+    return {
+        depth: {source: torch.tensor([row[depth] for row in found]) for source, found in rows.items()}
+        for depth in depths
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", help="FOLDER:R")
+    parser.add_argument("models", nargs="+", type=folder_and_steps, help="FOLDER:R")
     parser.add_argument("--data", type=Path, required=True, help=".parquet with columns text and source")
     parser.add_argument("--rows", type=int, default=4, help="of each source, at most")
     parser.add_argument("--length", type=int, default=512, help="tokens in a row")
     parser.add_argument("--write", type=Path, help="a page whose table to replace")
     options = parser.parse_args()
-    for model in options.models:
-        if not model.rpartition(":")[0] or not model.rpartition(":")[2].isdigit():
-            parser.error(f"{model!r} is not FOLDER:R, such as ./retrofit:4")
-    tokenizer = load_tokenizer(Path(options.models[0].rpartition(":")[0]))
-    texts = rows_by_source(options.data, tokenizer, options.length, options.rows)
-    measured = [losses(model, texts) for model in options.models]
-    for found in measured:
-        found["all"] = torch.cat([*found.values()])
-    lines = ["| source of the text | " + " | ".join(f"`{model}`" for model in options.models) + " |"]
-    lines.append("| --- |" + " --- |" * len(options.models))
-    for source, reference in measured[0].items():
+    texts = rows_by_source(options.data, load_tokenizer(Path(options.models[0][0])), options.length, options.rows)
+    depths: dict[str, list[int]] = {}
+    for folder, steps in options.models:
+        depths.setdefault(folder, []).append(steps)
+    by_folder = {folder: losses(folder, wanted, texts) for folder, wanted in depths.items()}
+    first, *others = (by_folder[folder][steps] for folder, steps in options.models)
+    lines = [
+        "| source of the text | " + " | ".join(f"`{folder}:{steps}`" for folder, steps in options.models) + " |",
+        "| --- |" + " --- |" * len(options.models),
+    ]
+    for source, reference in first.items():
         cells = [f"{reference.mean():.3f}"]
-        for found in measured[1:]:
+        for found in others:
             difference = found[source] - reference
             cells.append(f"{difference.mean():+.4f} ± {difference.std() / len(difference) ** 0.5:.4f}")
         lines.append(f"| {source} | {' | '.join(cells)} |")
-    print("\n".join(lines))
+    table = "\n".join(lines)
+    print(table)
     if options.write is not None:
-        replace_table(options.write, Path(__file__).name, "\n".join(lines))
+        replace_table(options.write, Path(__file__).name, table)
 
 
 if __name__ == "__main__":
