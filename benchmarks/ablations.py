@@ -16,10 +16,10 @@ from typing import Any
 
 from pages import replace_table
 
+from redepth.checkpoint.folder import HEALING_FILE
 from redepth.healing.heal import heal
 from redepth.healing.recipe import HealRecipe
 from redepth.surgery.convert import plan_conversion
-from redepth.surgery.folder import HEALING_FILE
 
 SOURCE = "smollm2-135m"
 CONVERT = {"core": "12:18", "adapter": "blend:0.25"}

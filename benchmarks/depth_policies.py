@@ -28,8 +28,8 @@ from rich.progress import track
 from torch.nn import functional as F
 
 from redepth import RecurrentDepthCache, RecurrentDepthForCausalLM, load
-from redepth.healing.data import held_out_text
-from redepth.loading import load_tokenizer
+from redepth.checkpoint.load import load_tokenizer
+from redepth.data.rows import held_out_text
 from redepth.modeling.decoding import cache_rule_for
 from redepth.modeling.exits import EXIT_TESTS
 

@@ -26,10 +26,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from redepth.healing.memory import keep_freed_memory
 from redepth.modeling import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from redepth.modeling.blocks import Block
 from redepth.modeling.loss import LOGITS_AT_ONCE
+from redepth.runtime import keep_freed_memory
 
 SHAPE: dict[str, Any] = {
     "n_embd": 576,

@@ -19,10 +19,10 @@ from datasets import Dataset
 from pages import replace_table
 
 from redepth import RedepthError, load
+from redepth.checkpoint.load import load_tokenizer
+from redepth.data.rows import held_out_rows
 from redepth.evaluation.loss import loss_by_depth
-from redepth.healing.data import held_out_rows
-from redepth.healing.trainer import processor_has_bf16
-from redepth.loading import load_tokenizer
+from redepth.runtime import processor_has_bf16
 
 
 def folder_and_steps(model: str) -> tuple[str, int]:

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import linear
 
-from redepth.modeling.recurrent_gemma import (
+from redepth.griffin.model import (
     RecurrentGemmaConfig,
     RecurrentGemmaForCausalLM,
     block_type,

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from redepth.modeling.recurrent_gemma import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+from redepth.griffin.model import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
 # fmt: off
 MODULES = [

@@ -1,4 +1,4 @@
-"""Arrows point one way: cli → verbs → modeling, ops."""
+"""Arrows point one way: cli → verbs → modeling."""
 
 import ast
 from pathlib import Path

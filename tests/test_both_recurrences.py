@@ -12,9 +12,9 @@ from redepth.analysis.inspect import cache_bytes_per_token, recurrent_bytes
 from redepth.errors import RedepthError
 from redepth.healing.heal import heal
 from redepth.healing.recipe import HealRecipe
-from redepth.modeling.recurrent_state import RecurrentLayer
-from redepth.modeling.rg_lru import BLOCK
-from redepth.modeling.scan import linear_scan_reference
+from redepth.modeling.lru_mixer import BLOCK
+from redepth.modeling.lru_scan import linear_scan_reference
+from redepth.modeling.lru_state import RecurrentLayer
 from redepth.surgery.convert import plan_conversion
 from redepth.surgery.weights import to_source
 from tests.test_cache_rules import ByDefinition, decode, step_read

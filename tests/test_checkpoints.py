@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import redepth
+from redepth.checkpoint.republish import republish
 from redepth.errors import RedepthError
-from redepth.surgery.republish import republish
 from tests.test_golden import FOLDER as HUGINN
 from tests.zoo import FAMILIES, random_ids
 

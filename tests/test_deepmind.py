@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import redepth
+from redepth.checkpoint.rewrite import rewrite
 from redepth.errors import RedepthError
 from redepth.surgery.convert import plan_conversion
 from redepth.surgery.deepmind import DeepMindSource
-from redepth.surgery.rewrite import rewrite
 from redepth.surgery.sources import open_source
 
 FOLDER = Path(__file__).parent / "golden" / "griffin-tiny"

@@ -12,19 +12,19 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import redepth
+from redepth.checkpoint.folder import read_recipe
+from redepth.data.python_docs import python_docs
+from redepth.data.rows import Place, encode, open_text, rows_of, training_and_held_out
 from redepth.errors import RedepthError
 from redepth.evaluation.loss import loss_by_depth
 from redepth.healing.curriculum import depth_of_step, learning_rate_factor, mean_recurrence
-from redepth.healing.data import Place, encode, open_text, rows_of, training_and_held_out
 from redepth.healing.heal import heal
-from redepth.healing.memory import keep_freed_memory
 from redepth.healing.preflight import check_gradients
 from redepth.healing.recipe import HealRecipe, read_heal_recipe
 from redepth.healing.trainer import HealTrainer
-from redepth.presets import preset_config
+from redepth.runtime import keep_freed_memory
 from redepth.surgery.create import create
-from redepth.surgery.folder import read_recipe
-from redepth.text import python_docs
+from redepth.surgery.presets import preset_config
 from tests.zoo import VOCABULARY, random_ids
 
 SHORT = {

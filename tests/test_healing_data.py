@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import redepth
-from redepth.errors import RedepthError
-from redepth.healing.data import (
+from redepth.data.rows import (
     DataSource,
     Place,
     TrainingRows,
@@ -20,6 +19,7 @@ from redepth.healing.data import (
     rows_of,
     training_and_held_out,
 )
+from redepth.errors import RedepthError
 from redepth.healing.heal import heal
 from redepth.healing.recipe import HealRecipe, read_heal_recipe
 from redepth.surgery.convert import plan_conversion

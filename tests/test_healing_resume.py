@@ -23,8 +23,8 @@ from redepth.healing.checkpoints import damage, last_whole, seal, sweep
 from redepth.healing.heal import HealingInterrupted, heal
 from redepth.healing.recipe import HealRecipe, read_heal_recipe
 from redepth.healing.trainer import HealTrainer
-from redepth.presets import preset_config
 from redepth.surgery.create import create
+from redepth.surgery.presets import preset_config
 from tests.test_healing import SHORT, byte_tokenizer
 
 RUN = SHORT | {"max_steps": 30, "save_every": 2, "eval_every": 10, "batch_size": 8, "micro_batch_size": 8}
@@ -167,8 +167,8 @@ def test_killed_while_the_healed_model_is_put_in_place(unbroken: Path, checkpoin
             raise _Stop
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("redepth.surgery.folder.os.replace", killed)
-        patch.setattr("redepth.surgery.folder.shutil.rmtree", lambda *args, **kwargs: None)
+        patch.setattr("redepth.checkpoint.folder.os.replace", killed)
+        patch.setattr("redepth.checkpoint.folder.shutil.rmtree", lambda *args, **kwargs: None)
         with pytest.raises(_Stop):
             heal(checkpoint, recipe)
     assert done and not checkpoint.exists()

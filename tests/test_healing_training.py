@@ -28,8 +28,8 @@ from redepth.healing.optim import (
 from redepth.healing.preflight import depths_of_run
 from redepth.healing.recipe import HealRecipe
 from redepth.healing.trainer import HealTrainer
-from redepth.presets import preset_config
 from redepth.surgery.convert import plan_conversion
+from redepth.surgery.presets import preset_config
 from tests.test_healing import SHORT, byte_tokenizer
 from tests.zoo import FAMILIES, random_ids, save_source
 

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import redepth
 from redepth.analysis.cost import count_parameters
 from redepth.analysis.inspect import cache_bytes_per_token, inspect
+from redepth.checkpoint.republish import republish
 from redepth.errors import RedepthError
-from redepth.modeling.kinds import RETROFIT_STATE_STD
-from redepth.presets import preset_config
+from redepth.modeling.published import RETROFIT_STATE_STD
 from redepth.surgery.create import create
-from redepth.surgery.republish import republish
+from redepth.surgery.presets import preset_config
 from tests.test_golden import FOLDER as HUGINN
 from tests.test_healing import byte_tokenizer
 from tests.zoo import VOCABULARY, make_model, random_ids

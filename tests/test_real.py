@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import redepth
+from redepth.checkpoint.load import load_tokenizer
+from redepth.data.rows import training_and_held_out
 from redepth.evaluation.loss import loss_by_depth
-from redepth.healing.data import training_and_held_out
 from redepth.healing.recipe import HealRecipe
-from redepth.loading import load_tokenizer
 from redepth.surgery.convert import plan_conversion
 from redepth.surgery.sources import BUILT_INS
 from redepth.surgery.verify import TOLERANCE

@@ -9,14 +9,14 @@ import torch
 import transformers
 
 import redepth
-from redepth.modeling.recurrent_gemma import (
+from redepth.griffin.cache import RecurrentGemmaCache
+from redepth.griffin.model import (
     RecurrentGemmaConfig,
     RecurrentGemmaForCausalLM,
     RecurrentGemmaModel,
     attention_segments,
 )
-from redepth.modeling.recurrent_gemma_cache import RecurrentGemmaCache
-from redepth.modeling.rg_lru import BLOCK
+from redepth.modeling.lru_mixer import BLOCK
 
 TINY = {
     "vocab_size": 61,

@@ -10,7 +10,7 @@ import redepth
 from redepth.errors import RedepthError
 from redepth.evaluation.held_out import next_token_loss
 from redepth.healing.recipe import read_heal_recipe
-from redepth.retrofit import read_retrofit_recipe, retrofit
+from redepth.healing.retrofit import read_retrofit_recipe, retrofit
 from redepth.surgery.plan import make_plan
 from redepth.surgery.sources import BUILT_INS, open_source
 from redepth.surgery.weights import parse_adapter

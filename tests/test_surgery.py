@@ -162,17 +162,17 @@ def test_output_folder_is_complete(zoo, tmp_path: Path) -> None:
         "decoding.py",
         "depth.py",
         "exits.py",
-        "kinds.py",
+        "published.py",
         "loss.py",
         "model.py",
-        "processor_attention.py",
-        "recurrent_slots.py",
-        "recurrent_state.py",
-        "rg_lru.py",
-        "scan.py",
+        "attention_backward.py",
+        "lru_slots.py",
+        "lru_state.py",
+        "lru_mixer.py",
+        "lru_scan.py",
         "speculation.py",
         "state.py",
-        "uneven.py",
+        "ragged.py",
         "wavefront.py",
     }
     records = {"README.md", "config.json", "generation_config.json", "model.safetensors", "recipe.yaml"}
@@ -212,7 +212,7 @@ def test_disk_full_leaves_nothing(zoo, tmp_path: Path, monkeypatch: pytest.Monke
         Path(str(args[1])).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("redepth.surgery.convert.save_file", full)
+    monkeypatch.setattr("redepth.checkpoint.shards.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         redepth.convert(zoo["llama"], tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

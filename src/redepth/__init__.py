@@ -6,18 +6,11 @@ on giving transformers' own class; `redepth.load` gives redepth's.
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from .checkpoint.load import load
 from .errors import RedepthError
 from .evaluation.calibrate import calibrate
-from .loading import load
-from .modeling import (
-    RecurrentDepthCache,
-    RecurrentDepthConfig,
-    RecurrentDepthForCausalLM,
-    RecurrentGemmaCache,
-    RecurrentGemmaConfig,
-    RecurrentGemmaForCausalLM,
-    RecurrentGemmaModel,
-)
+from .griffin import RecurrentGemmaCache, RecurrentGemmaConfig, RecurrentGemmaForCausalLM, RecurrentGemmaModel
+from .modeling import RecurrentDepthCache, RecurrentDepthConfig, RecurrentDepthForCausalLM
 from .surgery.convert import convert
 from .surgery.verify import verify
 

@@ -1,5 +1,5 @@
 """python -m redepth"""
 
-from redepth.cli import main
+from .cli import main
 
 main()

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from redepth.loading import read_config
+from redepth.checkpoint.folder import HEALING_FILE, read_json, read_recipe
+from redepth.checkpoint.load import read_config
 from redepth.modeling import RecurrentDepthConfig
 from redepth.modeling.cache import parse_cache_rule
 from redepth.modeling.configuration import RECURRENCE
-from redepth.surgery.folder import HEALING_FILE, read_json, read_recipe
 
 from .cost import count_parameters
 

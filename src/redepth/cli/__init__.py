@@ -6,9 +6,8 @@ import sys
 import typer
 from safetensors import SafetensorError
 
+from redepth.cli import calibrate, chat, convert, generate, heal, inspect, new, plan, retrofit, verify
 from redepth.errors import RedepthError
-
-from . import calibrate, chat, convert, generate, heal, inspect, new, plan, retrofit, verify
 
 app = typer.Typer(
     name="redepth",

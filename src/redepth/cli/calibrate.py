@@ -38,10 +38,10 @@ def command(
     Example: redepth calibrate ./smollm2-recurrent --data python-docs --most-steps 32
     """
     hush_libraries()
+    from redepth.checkpoint.load import load_tokenizer, read_config
+    from redepth.data.rows import held_out_text
     from redepth.errors import RedepthError
     from redepth.evaluation.calibrate import calibrate
-    from redepth.healing.data import held_out_text
-    from redepth.loading import load_tokenizer, read_config
 
     if most_steps is not None and most_steps < 2:
         raise RedepthError(f"--most-steps must be at least 2, got {most_steps}; there is nothing to compare")

@@ -24,8 +24,8 @@ def command(
     hush_libraries()
     from transformers import TextStreamer
 
+    from redepth.checkpoint.load import load, load_tokenizer
     from redepth.errors import RedepthError
-    from redepth.loading import load, load_tokenizer
     from redepth.modeling.depth import split_num_steps
 
     if num_steps is not None:

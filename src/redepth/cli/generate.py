@@ -72,8 +72,8 @@ def command(
     import torch
     from transformers import TextStreamer
 
+    from redepth.checkpoint.load import load, load_tokenizer, read_config
     from redepth.errors import RedepthError
-    from redepth.loading import load, load_tokenizer, read_config
     from redepth.modeling.decoding import choose_decoding
 
     given = {

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from redepth.presets import PRESETS
+from redepth.surgery.presets import PRESETS
 
 from .console import AsJson, Quiet, hush_libraries, print_json, results
 
@@ -30,10 +30,11 @@ def command(
     """
     hush_libraries()
     from redepth.analysis.cost import count_parameters
+    from redepth.checkpoint.load import load_tokenizer
     from redepth.errors import RedepthError
-    from redepth.loading import load_tokenizer, parse_dtype
-    from redepth.presets import preset_config
+    from redepth.runtime import parse_dtype
     from redepth.surgery.create import create
+    from redepth.surgery.presets import preset_config
 
     if out is None and not dry_run:
         raise RedepthError("OUT is missing; name the folder to write, or add --dry-run to count parameters alone")

@@ -65,10 +65,9 @@ def command(
     hush_libraries()
     import torch
 
+    from redepth.data.rows import held_out_rows, open_text
     from redepth.errors import RedepthError
-    from redepth.healing.data import held_out_rows, open_text
-    from redepth.healing.memory import keep_freed_memory
-    from redepth.healing.trainer import processor_has_bf16
+    from redepth.runtime import keep_freed_memory, processor_has_bf16
     from redepth.surgery.plan import default_plan
     from redepth.surgery.search import ADAPTERS, TOLERANCE, check_search, search_plans
     from redepth.surgery.sources import open_source

@@ -25,7 +25,7 @@ def command(
     Example: redepth retrofit recipes/smollm2-135m-2core.yaml ./smollm2-retrofit
     """
     hush_libraries()
-    from redepth.retrofit import read_retrofit_recipe, retrofit
+    from redepth.healing.retrofit import read_retrofit_recipe, retrofit
 
     settings = read_retrofit_recipe(recipe, **changes)
     with progress_bar(quiet) as update:

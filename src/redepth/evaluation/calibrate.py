@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from redepth.checkpoint.card import write_card
+from redepth.checkpoint.folder import write_json
+from redepth.checkpoint.load import load
 from redepth.errors import RedepthError
-from redepth.loading import load
 from redepth.modeling import RecurrentDepthForCausalLM
 from redepth.modeling.exits import EXIT_TESTS, ExitTest
-from redepth.surgery.card import write_card
-from redepth.surgery.folder import write_json
 
 WANTED_AGREEMENTS = {"99%": 0.99, "95%": 0.95}
 ENOUGH = 0.005  # nats: the default depth is the shallowest whose loss is this close to the lowest

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from redepth.loading import load
-from redepth.surgery.folder import read_recipe
+from redepth.checkpoint.folder import read_recipe
+from redepth.checkpoint.load import load
 from redepth.surgery.sources import open_source
 
 from .loss import loss_by_depth

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from redepth.surgery.folder import read_json, write_json
+from redepth.checkpoint.folder import read_json, write_json
 
 RUN_FILE = "run.json"
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from redepth.checkpoint.folder import read_recipe
+from redepth.checkpoint.load import load_tokenizer
 from redepth.errors import RedepthError
-from redepth.loading import load_tokenizer
 from redepth.modeling.loss import TokenLoss, cross_entropy_of_tokens
-from redepth.surgery.folder import read_recipe
 from redepth.surgery.sources import open_source
 
 from .recipe import HealRecipe

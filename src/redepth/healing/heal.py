@@ -12,11 +12,8 @@ from typing import Any
 import torch
 from transformers import default_data_collator
 
-from redepth.errors import RedepthError
-from redepth.loading import load_tokenizer, read_config
-from redepth.modeling import RecurrentDepthForCausalLM
-from redepth.surgery.card import write_card
-from redepth.surgery.folder import (
+from redepth.checkpoint.card import write_card
+from redepth.checkpoint.folder import (
     HEALING_FILE,
     read_json,
     read_recipe,
@@ -26,15 +23,18 @@ from redepth.surgery.folder import (
     write_jsonl,
     write_recipe,
 )
+from redepth.checkpoint.load import load_tokenizer, read_config
+from redepth.data.rows import licenses_of, training_and_held_out
+from redepth.errors import RedepthError
+from redepth.modeling import RecurrentDepthForCausalLM
+from redepth.runtime import keep_freed_memory, processor_has_bf16
 
 from .checkpoints import last_whole, sweep
-from .data import licenses_of, training_and_held_out
 from .distillation import open_teacher
-from .memory import keep_freed_memory
 from .optim import set_trainable
 from .preflight import Preflight, preflight
 from .recipe import HealRecipe
-from .trainer import HealTrainer, Progress, processor_has_bf16, training_arguments, use_memory_savers
+from .trainer import HealTrainer, Progress, training_arguments, use_memory_savers
 
 WORK_FOLDER = "healing"
 BEFORE_FILE = "before.json"

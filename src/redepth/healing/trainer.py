@@ -20,15 +20,15 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import CONFIG_NAME
 
+from redepth.checkpoint.folder import read_json
+from redepth.data.rows import TrainingRows
 from redepth.errors import RedepthError, first_line
 from redepth.evaluation.loss import loss_by_depth
 from redepth.modeling import RecurrentDepthForCausalLM
 from redepth.modeling.blocks import Block
-from redepth.surgery.folder import read_json
 
 from .checkpoints import RUN_FILE, seal
 from .curriculum import depth_of_step, learning_rate_factor, mean_recurrence
-from .data import TrainingRows
 from .distillation import Teacher
 from .guard import SpikeGuard
 from .optim import muon_with_adamw, trainer_optimizer_name, without_lora
@@ -309,13 +309,6 @@ class _HeldOutLosses(TrainerCallback):
         if self.every is not None and state.global_step % self.every == 0:
             control.should_evaluate = True
         return control
-
-
-def processor_has_bf16() -> bool:
-    """Whether bf16 matrix products are native where the run would take place."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def use_memory_savers(model: RecurrentDepthForCausalLM, recipe: HealRecipe) -> None:

@@ -14,12 +14,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .attention_backward import ProcessorAttention, gains_from_own_backward
 from .cache import RecurrentDepthCache, SomeTokens
 from .configuration import RECURRENCE, RecurrentDepthConfig
-from .processor_attention import ProcessorAttention, gains_from_own_backward
-from .recurrent_slots import Columns, Written
-from .recurrent_state import align_right
-from .rg_lru import RecurrentBlock, Timeline, scan_on, times
+from .lru_mixer import RecurrentBlock, Timeline, scan_on, times
+from .lru_slots import Columns, Written
+from .lru_state import align_right
 
 
 @dataclass

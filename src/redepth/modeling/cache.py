@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .recurrent_slots import RecurrentSlots
-from .recurrent_state import RecurrentLayer
-from .rg_lru import Timeline
+from .lru_mixer import Timeline
+from .lru_slots import RecurrentSlots
+from .lru_state import RecurrentLayer
 
 # What a cache keeps for each row beside its slots.
 ROW_WISE = ("steps_run", "padding_mask", "last_state")

@@ -29,10 +29,10 @@ from .configuration import RECURRENCE, RecurrentDepthConfig
 from .decoding import cache_rule_for, choose_decoding, exit_policy
 from .depth import sample_num_steps, split_num_steps
 from .exits import ExitPolicy, ExitTest, Measure
-from .kinds import complete_config
 from .loss import TokenLoss, chunked_cross_entropy, cross_entropy_of_tokens
-from .recurrent_slots import read_columns
-from .rg_lru import GATE_VARIANCE, RGLRU
+from .lru_mixer import GATE_VARIANCE, RGLRU
+from .lru_slots import read_columns
+from .published import complete_config
 from .state import fresh_noise, position_noise
 
 logger = logging.get_logger(__name__)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .depth import split_num_steps
-from .uneven import UnevenRows
+from .ragged import UnevenRows
 
 EVERY_STEP = ("full", "latest")  # the rules that keep a token's steps apart
 MOST_DRAFTED = 16

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .depth import split_num_steps
-from .uneven import UnevenRows
+from .ragged import UnevenRows
 
 CACHE_RULE = "ring-1"  # every token shows what it holds now
 

@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 
+from redepth.checkpoint.folder import whole_folder
 from redepth.modeling import RecurrentDepthConfig, RecurrentDepthForCausalLM
-
-from .folder import whole_folder
 
 
 def create(

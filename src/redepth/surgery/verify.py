@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from redepth.checkpoint.card import write_card
+from redepth.checkpoint.folder import HEALING_FILE, VERIFICATION_FILE, read_recipe, write_json
+from redepth.data.python_docs import python_docs
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthForCausalLM
-from redepth.text import python_docs
 
-from .card import write_card
 from .convert import plan_conversion
-from .folder import HEALING_FILE, VERIFICATION_FILE, read_recipe, write_json
 from .plan import Plan
 from .sources import Source, open_source
 

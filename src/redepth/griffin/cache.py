@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .recurrent_state import RecurrentLayer, RowChange, align_right
+from redepth.modeling.lru_state import RecurrentLayer, RowChange, align_right
 
 
 class WindowLayer(CacheLayerMixin):

@@ -13,9 +13,9 @@ import torch
 from datasets import Dataset, IterableDataset, load_dataset
 
 from redepth.errors import RedepthError, first_line
-from redepth.text import python_docs
+from redepth.healing.recipe import DataSource, HealRecipe
 
-from .recipe import DataSource, HealRecipe
+from .python_docs import python_docs
 
 PYTHON_DOCS = "python-docs"
 BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}

@@ -20,11 +20,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
-from .blocks import eager_attention
+from redepth.modeling.blocks import eager_attention
+from redepth.modeling.lru_mixer import BLOCK, RGLRU, RecurrentBlock, Timeline, fits_no_cache, times
+from redepth.modeling.lru_state import align_right
+
+from .cache import RecurrentGemmaCache, RecurrentLayer, WindowLayer, cache_signature
 from .capped_loss import SoftCap, capped_loss
-from .recurrent_gemma_cache import RecurrentGemmaCache, RecurrentLayer, WindowLayer, cache_signature
-from .recurrent_state import align_right
-from .rg_lru import BLOCK, RGLRU, RecurrentBlock, Timeline, fits_no_cache, times
 
 # What the Trainer and generate() pass along besides the named arguments.
 TAKEN_ARGUMENTS = {"num_items_in_batch", "tokenizer", "assistant_tokenizer"}

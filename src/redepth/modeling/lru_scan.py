@@ -1,6 +1,6 @@
 """The gated linear recurrence h_t = a_t · h_{t-1} + x_t, forward and backward, in time-parallel chunks.
 
-It lives beside the models because a checkpoint's code may import its own folder only; `redepth.ops` is its public door.
+It lives beside the models because a checkpoint's code may import its own folder only.
 Shapes: B batch, T tokens, D channels, C tokens of a chunk, N chunks.
 """
 

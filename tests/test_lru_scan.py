@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from redepth.modeling import scan as scan_module
-from redepth.ops import linear_scan, linear_scan_reference
+from redepth.modeling.lru_scan import linear_scan, linear_scan_reference
 
 
 def make_inputs(

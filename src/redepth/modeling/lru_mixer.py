@@ -12,8 +12,8 @@ from torch.compiler import is_compiling
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
-from .recurrent_state import RecurrentLayer
-from .scan import linear_scan
+from .lru_scan import linear_scan
+from .lru_state import RecurrentLayer
 
 # exponent of the decay: a = σ(Λ)^(c · gate), Griffin's equation 3
 DECAY_POWER = 8.0

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from redepth.modeling import blocks, processor_attention
-from redepth.modeling.processor_attention import ProcessorAttention, gains_from_own_backward
+from redepth.modeling import attention_backward, blocks
+from redepth.modeling.attention_backward import ProcessorAttention, gains_from_own_backward
 from redepth.surgery.convert import plan_conversion
 from tests.zoo import random_ids
 
@@ -50,7 +50,7 @@ def test_gradients_equal_autograd(batch, groups, per_group, tokens, width, at_on
             mask = mask & (document[:, None, :, None] == document[:, None, None, :])
     grad = torch.randn(batch, groups * per_group, tokens, width, generator=generator, dtype=torch.float64)
     wanted = reference(*inputs, mask, 0.3)
-    kept, processor_attention.QUERIES_AT_ONCE = processor_attention.QUERIES_AT_ONCE, at_once
+    kept, attention_backward.QUERIES_AT_ONCE = attention_backward.QUERIES_AT_ONCE, at_once
     try:
         found = ProcessorAttention.apply(*inputs, mask, 0.3)
         torch.testing.assert_close(found, wanted)
@@ -59,7 +59,7 @@ def test_gradients_equal_autograd(batch, groups, per_group, tokens, width, at_on
         ):
             torch.testing.assert_close(ours, autograd, atol=1e-6, rtol=1e-5)
     finally:
-        processor_attention.QUERIES_AT_ONCE = kept
+        attention_backward.QUERIES_AT_ONCE = kept
 
 
 def test_only_where_it_gains() -> None:

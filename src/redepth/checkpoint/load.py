@@ -8,25 +8,15 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from redepth.errors import RedepthError, first_line
-from redepth.modeling import RecurrentDepthConfig, RecurrentDepthForCausalLM, RecurrentGemmaForCausalLM
-from redepth.modeling.kinds import Kind, complete_config
+from redepth.griffin import RecurrentGemmaForCausalLM
+from redepth.modeling import RecurrentDepthConfig, RecurrentDepthForCausalLM
+from redepth.modeling.published import Kind, complete_config
+from redepth.runtime import parse_dtype
 
 MODEL_CLASSES: dict[str, Any] = {
     "huginn_raven": RecurrentDepthForCausalLM,
     "recurrent_gemma": RecurrentGemmaForCausalLM,
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def parse_dtype(name: str) -> torch.dtype:
-    """The dtype of that name.
-
-    Raises:
-        RedepthError: for a name that is not in `DTYPES`.
-    """
-    if name not in DTYPES:
-        raise RedepthError(f"dtype {name!r} is unknown; use {', '.join(DTYPES)}, or leave it out")
-    return DTYPES[name]
 
 
 def load(

@@ -7,11 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from redepth.errors import RedepthError
-from redepth.loading import parse_dtype
+from redepth.runtime import parse_dtype
+from redepth.surgery.sources import Source, open_source
 
-from .convert import DEFAULT_SHARD_SIZE, write_shards
 from .folder import whole_folder
-from .sources import Source, open_source
+from .shards import DEFAULT_SHARD_SIZE, write_shards
 
 
 def rewrite(

@@ -9,18 +9,8 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from redepth.errors import RedepthError
-from redepth.evaluation.calibrate import calibrate
-from redepth.evaluation.held_out import Evaluation, evaluate_held_out
-from redepth.healing.data import PYTHON_DOCS, training_and_held_out
-from redepth.healing.heal import heal
-from redepth.healing.preflight import Preflight
-from redepth.healing.recipe import HealRecipe, fill, read_yaml
-from redepth.healing.trainer import Progress
-from redepth.loading import load_tokenizer, read_config
-from redepth.surgery.card import write_card
-from redepth.surgery.convert import DEFAULT_ADAPTER, DEFAULT_STATE, plan_conversion
-from redepth.surgery.folder import (
+from redepth.checkpoint.card import write_card
+from redepth.checkpoint.folder import (
     EVALUATION_FILE,
     HEALING_FILE,
     VERIFICATION_FILE,
@@ -29,7 +19,18 @@ from redepth.surgery.folder import (
     recover,
     write_json,
 )
+from redepth.checkpoint.load import load_tokenizer, read_config
+from redepth.data.rows import PYTHON_DOCS, training_and_held_out
+from redepth.errors import RedepthError
+from redepth.evaluation.calibrate import calibrate
+from redepth.evaluation.held_out import Evaluation, evaluate_held_out
+from redepth.surgery.convert import DEFAULT_ADAPTER, DEFAULT_STATE, plan_conversion
 from redepth.surgery.verify import verify
+
+from .heal import heal
+from .preflight import Preflight
+from .recipe import HealRecipe, fill, read_yaml
+from .trainer import Progress
 
 # Written by redepth into a checkpoint's recipe.yaml, which is a recipe itself.
 RECORDS = {"source", "made_with"}

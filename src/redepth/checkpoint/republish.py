@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 
-from redepth.loading import parse_dtype, read_config
+from redepth.runtime import parse_dtype
+from redepth.surgery.sources import Source, open_source
+from redepth.surgery.weights import EMBEDDING, HEAD
 
-from .convert import DEFAULT_SHARD_SIZE, save_definition, write_shards
 from .folder import HEALING_FILE, RECIPE_FILE, VERIFICATION_FILE, whole_folder
-from .sources import Source, open_source
-from .weights import EMBEDDING, HEAD
+from .load import read_config
+from .shards import DEFAULT_SHARD_SIZE, save_definition, write_shards
 
 # Kept as they are: what the checkpoint's owner wrote, and redepth's own records.
 KEPT_FILES = ("README.md", "LICENSE", RECIPE_FILE, VERIFICATION_FILE, HEALING_FILE)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .recurrent_state import RecurrentLayer, RowChange
-from .rg_lru import Timeline, scan_on
+from .lru_mixer import Timeline, scan_on
+from .lru_state import RecurrentLayer, RowChange
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""A checkpoint folder: opened, loaded, written whole, with its records and card."""

@@ -1,0 +1,1 @@
+"""Text and tasks for healing and evaluation."""

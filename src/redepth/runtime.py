@@ -1,0 +1,45 @@
+"""What the machine offers: dtypes, bf16 products, memory."""
+
+import ctypes
+import platform
+
+import torch
+
+from redepth.errors import RedepthError
+
+# Of glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The dtype of that name.
+
+    Raises:
+        RedepthError: for a name that is not in `DTYPES`.
+    """
+    if name not in DTYPES:
+        raise RedepthError(f"dtype {name!r} is unknown; use {', '.join(DTYPES)}, or leave it out")
+    return DTYPES[name]
+
+
+def processor_has_bf16() -> bool:
+    """Whether bf16 matrix products are native where the run would take place."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep large freed blocks for the next tensor instead of returning them to the kernel.
+
+    A training step frees and takes the same gigabytes of activations again and again, and on a processor every page
+    that comes fresh from the kernel must be zeroed first. Holds for the whole process; peak memory hardly changes.
+
+    Returns:
+        False where the C library is another one, and nothing was done.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
