@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from redepth.errors import RedepthError, first_line
 from redepth.griffin import RecurrentGemmaForCausalLM
 from redepth.modeling import RecurrentDepthConfig, RecurrentDepthForCausalLM
-from redepth.modeling.published import Kind, complete_config
+from redepth.modeling.published import BUILT_IN_TEXT, Kind, check_better_than_chance, complete_config
 from redepth.runtime import parse_dtype
 
 MODEL_CLASSES: dict[str, Any] = {
@@ -47,7 +47,20 @@ def load(
     ):
         if report[problem]:
             raise RedepthError(f"checkpoint {str(name)!r} {said} tensor {min(report[problem])!r}")
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    kind = getattr(model, "published_kind", None)
+    if kind is not None and kind.is_inferred:
+        check_inferred(name, model)
+    return model
+
+
+def check_inferred(name: str | Path, model: Any) -> None:
+    """Refuse a published checkpoint whose blocks' switches were inferred, and wrongly."""
+    ids = load_tokenizer(name)(BUILT_IN_TEXT, return_tensors="pt")["input_ids"].to(model.device)
+    try:
+        check_better_than_chance(model, ids)
+    except ValueError as error:
+        raise RedepthError(f"checkpoint {str(name)!r}: {error}") from None
 
 
 def read_config(name: str | Path) -> tuple[RecurrentDepthConfig, Kind | None]:

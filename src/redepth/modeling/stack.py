@@ -153,7 +153,14 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
             record: takes every layer's output.
         """
         context = context.to(state.device).without_skipped(step, *state.shape[:2])
-        injected = self.adapter(torch.cat([state, embedded.to(state.device)], dim=-1))
+        embedded = embedded.to(state.device)
+        skips = self.config.initial_state_mode == "skip-adapter" and step == 1
+        if skips and context.continued is False:
+            injected = embedded
+        else:
+            injected = self.adapter(torch.cat([state, embedded], dim=-1))
+            if skips and isinstance(context.continued, torch.Tensor):
+                injected = torch.where(context.continued[..., None], injected, embedded.to(injected.device))
         return self.run_layers(self.core_block, injected, context, step, record)
 
     def run_fixed(
