@@ -4,17 +4,22 @@ Importing it registers the published `huginn_raven` format with transformers' Au
 on giving transformers' own class; `redepth.load` gives redepth's.
 """
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from .checkpoint.load import load
 from .errors import RedepthError
 from .evaluation.calibrate import calibrate
 from .griffin import RecurrentGemmaCache, RecurrentGemmaConfig, RecurrentGemmaForCausalLM, RecurrentGemmaModel
-from .modeling import RecurrentDepthCache, RecurrentDepthConfig, RecurrentDepthForCausalLM
+from .modeling import RecurrentDepthCache, RecurrentDepthConfig, RecurrentDepthForCausalLM, RecurrentStack
+from .modeling.classification import RecurrentDepthForSequenceClassification
 from .surgery.convert import convert
 from .surgery.verify import verify
 
 AutoConfig.register("huginn_raven", RecurrentDepthConfig, exist_ok=True)
+AutoModel.register(RecurrentDepthConfig, RecurrentStack, exist_ok=True)
+AutoModelForSequenceClassification.register(
+    RecurrentDepthConfig, RecurrentDepthForSequenceClassification, exist_ok=True
+)
 AutoModelForCausalLM.register(RecurrentDepthConfig, RecurrentDepthForCausalLM, exist_ok=True)
 
 __all__ = [
