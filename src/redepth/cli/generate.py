@@ -91,7 +91,7 @@ def command(
         "max_wavefront": max_wavefront,
         "report_agreement": True if sampler else None,
     }
-    policy = {name: value for name, value in given.items() if value is not None}
+    policy: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     of_the_sampler = ("headway", "inner_steps", "noise_mix", "max_wavefront")
     for name in (*of_the_sampler, "min_steps"):
         needed = "--sampler wavefront" if name in of_the_sampler else "--criterion"

@@ -57,13 +57,12 @@ class PassContext:
         if device == self.position_ids.device:
             return self
         if device not in self._elsewhere:
-            kept = {"cache": self.cache}
-            moved = {
+            moved: dict[str, Any] = {
                 part.name: _moved(getattr(self, part.name), device, non_blocking)
                 for part in fields(self)
-                if part.init and part.name not in kept
+                if part.init and part.name != "cache"
             }
-            self._elsewhere[device] = PassContext(**kept, **moved)
+            self._elsewhere[device] = PassContext(cache=self.cache, **moved)
         return self._elsewhere[device]
 
     def gather(self, subset: TokenSubset) -> "PassContext":
