@@ -23,7 +23,7 @@ from redepth.checkpoint.folder import (
     write_jsonl,
     write_recipe,
 )
-from redepth.checkpoint.load import load_tokenizer, read_config
+from redepth.checkpoint.load import load, load_tokenizer, read_config
 from redepth.data.rows import licenses_of, training_and_held_out
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthForCausalLM
@@ -110,7 +110,7 @@ def _prepare(folder: Path, recipe: HealRecipe, work: Path, on_progress: Callable
 
     if not torch.cuda.is_available():
         keep_freed_memory()
-    model = RecurrentDepthForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = load(folder, torch.float32)
     use_memory_savers(model, recipe)
     teacher = None
     if recipe.distill:
