@@ -17,13 +17,17 @@ from tests.zoo import FAMILIES, random_ids
 
 # Recurrent layers go with the first two.
 POLICIES: list[dict] = [{}, {"criterion": "kl"}, {"draft_steps": 1}, {"sampler": "wavefront"}]
-PLAIN = """
+BLOCK = """
 import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "redepth":
             raise ImportError("redepth is not to be had here")
 sys.meta_path.insert(0, Block())
+"""
+PLAIN = (
+    BLOCK
+    + """
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 out = {}
@@ -39,6 +43,7 @@ for folder in sys.argv[2:]:
 assert "redepth" not in sys.modules
 torch.save(out, sys.argv[1])
 """.replace("POLICIES", repr(POLICIES))
+)
 
 
 @pytest.fixture(scope="module")

@@ -146,6 +146,14 @@ class RecurrentDepthConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.validate_architecture()
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, with the longest text under transformers' own name as well.
+
+        Where this class is not known, as for a tokenizer, the file is read as a plain configuration, and that one looks
+        for the name to check a rope that was stretched.
+        """
+        return super().to_dict() | {"max_position_embeddings": self.block_size}
+
     @property
     def embed_scale(self) -> float:
         """Factor on the token embedding."""
