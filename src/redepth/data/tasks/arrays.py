@@ -117,13 +117,14 @@ class ArrayTask(Task):
     def say(self, result: int) -> str:
         """A result in words, with its leading space if it has one."""
 
-    def scratchpad(self, problems: Problems, num_results: int) -> tuple[np.ndarray, np.ndarray]:
-        """What a scratchpad writes: results `[B, A, num_results]`, and how many of them `[B, A]`; the last is the answer."""
-        written = np.moveaxis(self.results(problems, num_results), 0, -1)
-        # With no step to make, the scratchpad is the answer alone.
-        first = np.where(problems.difficulty == 0, 0, 1)[..., None]
-        taken = np.minimum(first + np.arange(num_results), num_results)
-        return np.take_along_axis(written, taken, -1), np.maximum(problems.difficulty, 1)
+    def scratchpad(self, problems: Problems) -> tuple[np.ndarray, np.ndarray]:
+        """What a scratchpad writes: results `[B, A, L]`, and how many of them count, `[B, A]`; the last is the answer.
+
+        The intermediate results of steps 1, 2 … unless a task writes more useful ones.
+        """
+        most = max(1, int(problems.difficulty.max()))
+        written = np.moveaxis(self.results(problems, most), 0, -1)[..., 1:]
+        return written, np.maximum(problems.difficulty, 1)
 
     # --- what follows from it --------------------------------------------------------------------------------------
     def check(self) -> None:
@@ -212,8 +213,8 @@ class ArrayTask(Task):
     ) -> ScratchpadBatch:
         """`count` problems with their intermediate results written out."""
         problems = self.problems(split, count, seed, depth=depth)
-        most = max(1, int(problems.difficulty.max()))
-        written, lengths = self.scratchpad(problems, most + 1)
+        written, lengths = self.scratchpad(problems)
+        written = np.concatenate([written, np.full_like(written[..., :1], self.end_id)], 2)
         statement, asked = self.statement(problems), self.asked(problems)
         (rows, told), (_, number, each) = statement.shape, asked.shape
         at = np.arange(written.shape[2])
@@ -236,7 +237,7 @@ class ArrayTask(Task):
             position_ids=_tensor(positions)[None].expand(rows, -1),
             attention_mask=torch.from_numpy(sees)[None, None].expand(rows, 1, -1, -1),
             prompts=_tensor(prompts),
-            right=_tensor(self.results(problems, most)[-1]),
+            right=_tensor(self.results(problems, max(1, int(problems.difficulty.max())))[-1]),
             difficulty=_tensor(problems.difficulty),
         )
 
@@ -258,7 +259,7 @@ class ArrayTask(Task):
 
     def scratchpads(self, split: Split, count: int, seed: int = 0) -> list[TaskText]:
         problems = self.problems(split, count, seed, 1)
-        written, lengths = self.scratchpad(problems, max(1, int(problems.difficulty.max())) + 1)
+        written, lengths = self.scratchpad(problems)
         found = []
         for row in range(count):
             asked = f"{self.say_statement(problems, row)}\n{self.say_question(problems, row, 0)}"
@@ -266,6 +267,19 @@ class ArrayTask(Task):
             answer = Answer(len(asked), len(asked) + len(said), int(problems.difficulty[row, 0]), (said,))
             found.append(TaskText(asked + said, (answer,)))
         return found
+
+
+def pick_by_difficulty(
+    rng: np.random.Generator, difficulty: np.ndarray, least: int, most: int, questions: int
+) -> np.ndarray:
+    """For each problem `[B, N]`, `questions` of its N things, `[B, questions]`, with difficulties drawn evenly.
+
+    Where nothing has a difficulty that was drawn, the nearest one is asked.
+    """
+    count, things = difficulty.shape
+    wanted = rng.integers(least, most + 1, (count, questions))
+    far = np.abs(difficulty[:, None] - wanted[..., None])
+    return (far + rng.random((count, questions, things)) * 0.9).argmin(2)
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:

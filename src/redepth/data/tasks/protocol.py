@@ -107,7 +107,7 @@ class ScratchpadBatch:
 class Task(ABC):
     """A source of problems; a subclass's dataclass fields are its options, as a spec names them."""
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027
         """Raise RedepthError for options that no problem can have."""
 
     def __post_init__(self) -> None:

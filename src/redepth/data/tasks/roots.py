@@ -7,7 +7,7 @@ import numpy as np
 
 from redepth.errors import RedepthError
 
-from .arrays import END, ArrayTask, Problems
+from .arrays import END, ArrayTask, Problems, pick_by_difficulty
 from .words import letters
 
 
@@ -96,16 +96,3 @@ class Roots(ArrayTask):
 
     def say(self, result: int) -> str:
         return " " + letters(self.nodes)[result]
-
-
-def pick_by_difficulty(
-    rng: np.random.Generator, difficulty: np.ndarray, least: int, most: int, questions: int
-) -> np.ndarray:
-    """For each problem `[B, N]`, `questions` of its N things, `[B, questions]`, with difficulties drawn evenly.
-
-    Where nothing has a difficulty that was drawn, the nearest one is asked.
-    """
-    count, things = difficulty.shape
-    wanted = rng.integers(least, most + 1, (count, questions))
-    far = np.abs(difficulty[:, None] - wanted[..., None])
-    return (far + rng.random((count, questions, things)) * 0.9).argmin(2)

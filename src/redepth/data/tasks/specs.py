@@ -7,13 +7,16 @@ from typing import Any
 
 from redepth.errors import RedepthError, first_line
 
+from .addition import Addition
+from .circuits import Circuits
 from .iterate import Iterate
 from .protocol import Task
 from .reasoning_gym import ReasoningGym
 from .roots import Roots
+from .variables import Variables
 
 PREFIX = "task:"
-TASKS: dict[str, type[Task]] = {task.name(): task for task in (Iterate, Roots)}
+TASKS: dict[str, type[Task]] = {task.name(): task for task in (Iterate, Roots, Circuits, Addition, Variables)}
 
 
 def is_task(data: str) -> bool:

@@ -18,3 +18,8 @@ def letters(count: int) -> list[str]:
             f"a problem names its things by single letters, so {count} are too many; use {len(NAMES)} at most"
         )
     return list(NAMES[:count])
+
+
+def digits(count: int) -> list[str]:
+    """0, 1, 2 …, as many as that."""
+    return [str(digit) for digit in range(count)]
