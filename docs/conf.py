@@ -47,12 +47,12 @@ def python_reference() -> str:
 REFERENCES = {"commands": command_reference, "api": python_reference}
 
 
-def add_reference(app, page: str, source: list[str]) -> None:  # noqa: ARG001
+def add_reference(app, page: str, source: list[str]) -> None:
     if page in REFERENCES:
         source[0] += "\n" + REFERENCES[page]()
 
 
-def markdown_to_rst(app, what, name, object_, options, lines: list[str]) -> None:  # noqa: ARG001
+def markdown_to_rst(app, what, name, object_, options, lines: list[str]) -> None:
     """Docstrings have Markdown's code marks; what reStructuredText would take for markup outside them is escaped."""
     for number, line in enumerate(lines):
         spans = re.split(r"(``?[^`]+``?)", line)
