@@ -15,7 +15,7 @@ from redepth.cli import app
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(redepth.__file__).parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+COMMANDS = typer.main.get_command(app).commands
 FLAGS = {
     name: {"--help"} | {flag for option in command.params for flag in (*option.opts, *option.secondary_opts)}
     for name, command in COMMANDS.items()
@@ -33,7 +33,7 @@ def code_of(page: Path) -> tuple[list[str], list[str]]:
     text = page.read_text(encoding="utf-8")
     fences = re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     shell = [line for kind, block in fences if kind == "sh" for line in block.replace("\\\n", " ").splitlines()]
-    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"^```.*?^```|^<!-- made by .*?^<!-- end", "", text, flags=re.MULTILINE | re.DOTALL)
     return shell, [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
 
 
