@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 import redepth
-from redepth.analysis.cost import count_parameters, training_flops_per_token
+from redepth.checkpoint.cost import count_parameters, training_flops_per_token
 from redepth.errors import RedepthError
 from redepth.healing.curriculum import backprop_depth, depth_of_step
 from redepth.healing.distillation import Teacher, open_teacher

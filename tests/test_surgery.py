@@ -25,7 +25,7 @@ from tests.zoo import COMMON, FAMILIES, make_model, random_ids, save_source
 
 @torch.no_grad()
 def logits_of_source(source: Path, ids: torch.Tensor) -> torch.Tensor:
-    from redepth.surgery.sources import open_source
+    from redepth.checkpoint.sources import open_source
 
     return open_source(str(source)).reference_model()(ids, use_cache=False).logits
 

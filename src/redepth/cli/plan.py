@@ -74,13 +74,13 @@ def command(
     hush_libraries()
     import torch
 
+    from redepth.checkpoint.sources import open_source
     from redepth.data.rows import held_out_rows
     from redepth.data.text import open_text
     from redepth.errors import RedepthError
     from redepth.runtime import keep_freed_memory, processor_has_bf16
     from redepth.surgery.plan import default_plan
     from redepth.surgery.search import ADAPTERS, TOLERANCE, check_search, search_plans
-    from redepth.surgery.sources import open_source
 
     if precision not in ("auto", "bf16", "fp32"):
         raise RedepthError(f"--precision {precision!r} is unknown; use auto, bf16 or fp32")

@@ -23,7 +23,7 @@ from redepth.checkpoint.folder import (
     write_jsonl,
     write_recipe,
 )
-from redepth.checkpoint.load import load_tokenizer, read_config
+from redepth.checkpoint.load import load, load_tokenizer, read_config
 from redepth.data.mixture import training_and_held_out
 from redepth.data.survey import count_licenses
 from redepth.errors import RedepthError
@@ -113,7 +113,7 @@ def _prepare(folder: Path, recipe: HealRecipe, work: Path, on_progress: Callable
 
     if not torch.cuda.is_available():
         keep_freed_memory()
-    model = RecurrentDepthForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = load(folder, torch.float32)
     use_memory_savers(model, recipe)
     teacher = None
     if recipe.distill:
