@@ -26,7 +26,7 @@ def parse_dtype(name: str) -> torch.dtype:
 def processor_has_bf16() -> bool:
     """Whether bf16 matrix products are native where the run would take place."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 

@@ -32,7 +32,7 @@ from redepth.runtime import keep_freed_memory, processor_has_bf16
 
 from .checkpoints import last_whole, sweep
 from .distillation import open_teacher
-from .optim import set_trainable
+from .optim import check_optimizer, set_trainable
 from .preflight import Preflight, preflight
 from .recipe import HealRecipe
 from .trainer import HealTrainer, Progress, training_arguments, use_memory_savers
@@ -120,6 +120,7 @@ def _prepare(folder: Path, recipe: HealRecipe, work: Path, on_progress: Callable
         teacher = open_teacher(folder, recipe, config.vocab_size, torch.bfloat16 if bf16 else torch.float32)
         teacher.model.to(arguments.device)
     trained = set_trainable(model, recipe)
+    check_optimizer(recipe, arguments, model)
     try:
         trainer = HealTrainer(
             recipe,
