@@ -8,7 +8,7 @@ import torch
 
 import redepth
 from redepth import RecurrentDepthCache, RecurrentDepthConfig, RecurrentDepthForCausalLM
-from redepth.analysis.inspect import cache_bytes_per_token, recurrent_bytes
+from redepth.checkpoint.inspect import cache_bytes_per_token, recurrent_bytes
 from redepth.errors import RedepthError
 from redepth.healing.heal import heal
 from redepth.healing.recipe import HealRecipe

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from redepth import RecurrentDepthCache, RecurrentDepthForCausalLM
-from redepth.analysis.inspect import cache_bytes_per_token
+from redepth.checkpoint.inspect import cache_bytes_per_token
 from redepth.modeling.cache import parse_cache_rule
 from redepth.surgery.convert import plan_conversion
 from tests.zoo import random_ids

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 import redepth
-from redepth.analysis.cost import count_parameters, training_flops_per_token
+from redepth.checkpoint.cost import count_parameters, training_flops_per_token
 from redepth.errors import RedepthError
 from redepth.healing.curriculum import backprop_depth, depth_of_step
 from redepth.healing.distillation import Teacher, open_teacher
@@ -28,7 +28,7 @@ from redepth.healing.optim import (
 from redepth.healing.preflight import depths_of_run
 from redepth.healing.recipe import HealRecipe
 from redepth.healing.trainer import HealTrainer
-from redepth.runtime import processor_has_bf16
+from redepth.runtime import has_bf16
 from redepth.surgery.convert import plan_conversion
 from redepth.surgery.presets import preset_config
 from tests.test_healing import SHORT, byte_tokenizer
@@ -326,9 +326,9 @@ def test_preflight_says_what_the_run_will_be(checkpoint: Path) -> None:
 
 def test_emulated_bf16_is_no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Older GPUs only emulate it, slower than fp32 and with less precision."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("redepth.runtime.choose_device", torch.device)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert not processor_has_bf16()
+    assert not has_bf16("cuda")
 
 
 def test_published_formula() -> None:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from redepth.modeling import scan as scan_module
+from redepth.modeling import lru_scan as scan_module
 from redepth.modeling.lru_scan import linear_scan, linear_scan_reference
 
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import redepth
-from redepth.analysis.cost import count_parameters
-from redepth.analysis.inspect import cache_bytes_per_token, inspect
+from redepth.checkpoint.cost import count_parameters
+from redepth.checkpoint.inspect import cache_bytes_per_token, inspect
 from redepth.checkpoint.republish import republish
 from redepth.errors import RedepthError
 from redepth.modeling.published import RETROFIT_STATE_STD

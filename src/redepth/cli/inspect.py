@@ -23,7 +23,7 @@ def command(
     Example: redepth inspect ./smollm2-recurrent --num-steps 8
     """
     hush_libraries()
-    from redepth.analysis.inspect import inspect
+    from redepth.checkpoint.inspect import inspect
     from redepth.modeling.cache import parse_cache_rule
     from redepth.modeling.depth import split_num_steps
 

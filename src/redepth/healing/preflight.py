@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from redepth.analysis.cost import count_parameters, training_flops_per_token
+from redepth.checkpoint.cost import count_parameters, training_flops_per_token
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthConfig
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from redepth.checkpoint.shards import HEAD
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthConfig
 
@@ -13,8 +14,6 @@ from .plan import Plan
 
 GROUP_MODULES = {"prelude": "prelude", "core": "core_block", "coda": "coda"}
 ADAPTER = "transformer.adapter.weight"
-EMBEDDING = "transformer.wte.weight"
-HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
