@@ -2,6 +2,7 @@
 # make demo-griffin  train a small Griffin from scratch and let it write
 # make test        the tests; make test-all adds the slow ones
 # make lint        style and types
+# make docs        the site, into build/docs; make tree the tree of files in docs/design.md
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ STAMP := $(VENV)/.installed
 # Every install is held to constraints.txt, so that all machines run the same versions.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo demo-griffin test test-all lint clean
+.PHONY: demo demo-griffin test test-all lint docs tree clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (a few minutes the first time)"
@@ -39,6 +40,18 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A warning is an error, such as a link that leads nowhere.
+docs: $(VENV)/.docs-installed
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --fresh-env -d build/doctrees docs build/docs
+	@echo "open build/docs/index.html"
+
+$(VENV)/.docs-installed: $(STAMP)
+	@$(PIP) -e '.[docs]'
+	@touch $@
+
+tree:
+	$(PYTHON) docs/tree.py
 
 clean:
 	rm -rf $(VENV) demo build dist src/*.egg-info
