@@ -3,6 +3,7 @@
 # make test        the tests; make test-all adds the slow ones
 # make test-portable  the tests as other processors would run them, one variant after another (an hour)
 # make lint        style and types
+# make docs        the site, into build/docs; make tree the tree of files in docs/design.md
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +13,7 @@ STAMP := $(VENV)/.installed
 # Every install is held to constraints.txt, so that all machines run the same versions.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo demo-griffin test test-all test-portable lint clean
+.PHONY: demo demo-griffin test test-all test-portable lint docs tree clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (a few minutes the first time)"
@@ -43,6 +44,18 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A warning is an error, such as a link that leads nowhere.
+docs: $(VENV)/.docs-installed
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --fresh-env -d build/doctrees docs build/docs
+	@echo "open build/docs/index.html"
+
+$(VENV)/.docs-installed: $(STAMP)
+	@$(PIP) -e '.[docs]'
+	@touch $@
+
+tree:
+	$(PYTHON) docs/tree.py
 
 clean:
 	rm -rf $(VENV) demo build dist src/*.egg-info
