@@ -1,5 +1,6 @@
 """Contract 4: saved folders load alike here and in a transformers that has never heard of redepth."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,10 @@ from tests.zoo import FAMILIES, random_ids
 
 # Recurrent layers go with the first two.
 POLICIES: list[dict] = [{}, {"criterion": "kl"}, {"draft_steps": 1}, {"sampler": "wavefront"}]
+# What chooses the processor's instructions and threads: the other process must add as this one does.
+ARITHMETIC = {
+    name: value for name, value in os.environ.items() if name.startswith(("ATEN_", "OMP_", "MKL_", "ONEDNN_"))
+}
 PLAIN = """
 import sys
 class Block:
@@ -79,7 +84,7 @@ def test_folders_load_without_redepth(converted, tmp_path: Path) -> None:
         [sys.executable, "-c", PLAIN, str(tmp_path / "out.pt"), *folders.values()],
         check=True,
         cwd=tmp_path,
-        env={"PATH": "", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "HOME": str(tmp_path)},
+        env={"PATH": "", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "HOME": str(tmp_path)} | ARITHMETIC,
         capture_output=True,
         text=True,
     )
