@@ -49,11 +49,6 @@ def has_bf16(device: str | torch.device = "auto") -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def processor_has_bf16() -> bool:
-    """`has_bf16` of the device that a run would choose."""
-    return has_bf16()
-
-
 def keep_freed_memory() -> bool:
     """Let glibc keep large freed blocks for the next tensor instead of returning them to the kernel.
 

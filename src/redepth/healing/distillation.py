@@ -13,6 +13,9 @@ from redepth.modeling.loss import TokenLoss, cross_entropy_of_tokens
 
 from .recipe import HealRecipe
 
+# What families call the bound that their logits are squeezed into: Gemma 2 and 3, RecurrentGemma.
+SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
+
 
 class Teacher:
     """A frozen model whose next-token distributions the student follows (Hinton et al. 2015).
@@ -25,7 +28,8 @@ class Teacher:
         self.model = model.eval().requires_grad_(False)
         self.mix = mix
         self.temperature = temperature
-        self.soft_cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        config = model.config.get_text_config()
+        self.soft_cap = next((cap for name in SOFT_CAPS if (cap := getattr(config, name, None))), None)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self.model.get_output_embeddings()(hidden).float()
