@@ -13,6 +13,8 @@ from redepth.modeling import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from redepth.modeling.published import Kind, complete_config
 from redepth.runtime import parse_dtype
 
+from .folder import CheckpointFolder
+
 MODEL_CLASSES: dict[str, Any] = {
     "huginn_raven": RecurrentDepthForCausalLM,
     "recurrent_gemma": RecurrentGemmaForCausalLM,
@@ -79,6 +81,8 @@ def load_tokenizer(name: str | Path) -> Any:
 def _model_type(name: str | Path, known: tuple[str, ...]) -> str:
     text = str(name)
     folder = Path(text).expanduser()
+    if folder.is_dir():
+        CheckpointFolder(folder).settle()
     if folder.exists() and not (folder / "config.json").is_file():
         raise RedepthError(f"{text!r} has no config.json; give a folder made by redepth convert")
     if not folder.exists() and (text.startswith((".", "/", "~")) or text.count("/") != 1):

@@ -10,7 +10,7 @@ from redepth.runtime import parse_dtype
 from redepth.surgery.sources import Source, open_source
 from redepth.surgery.weights import EMBEDDING, HEAD
 
-from .folder import HEALING_FILE, RECIPE_FILE, VERIFICATION_FILE, whole_folder
+from .folder import HEALING_FILE, RECIPE_FILE, VERIFICATION_FILE, CheckpointFolder
 from .load import read_config
 from .shards import DEFAULT_SHARD_SIZE, save_definition, write_shards
 
@@ -36,7 +36,7 @@ def republish(
 
     Args:
         source: folder or hub id of a published or redepth checkpoint.
-        out: folder to write; must not exist unless `overwrite`.
+        out: folder to write; with `overwrite`, a checkpoint that redepth wrote may be there.
         dtype: `float32`, `bfloat16` or `float16`; as it is by default.
         tie: tie the head to the embedding or not; as it is by default.
         on_tensor: called with (tensors done, tensors in all).
@@ -62,7 +62,7 @@ def republish(
         for name in names:
             yield name, source.read(name if name in stored else EMBEDDING).to(wanted)
 
-    with whole_folder(Path(out), overwrite) as folder:
+    with CheckpointFolder(out).replacing(overwrite, [source.location]) as folder:
         write_shards(tensors(), folder, len(names), max_shard_size, on_tensor)
         save_definition(config, folder, wanted)
         if source.tokenizer is not None:

@@ -74,7 +74,8 @@ def command(
     hush_libraries()
     import torch
 
-    from redepth.data.rows import held_out_rows, open_text
+    from redepth.data.rows import held_out_rows
+    from redepth.data.text import open_text
     from redepth.errors import RedepthError
     from redepth.runtime import keep_freed_memory, processor_has_bf16
     from redepth.surgery.plan import default_plan

@@ -20,7 +20,8 @@ from redepth.checkpoint.folder import (
     write_json,
 )
 from redepth.checkpoint.load import load_tokenizer, read_config
-from redepth.data.rows import PYTHON_DOCS, training_and_held_out
+from redepth.data.mixture import training_and_held_out
+from redepth.data.text import PYTHON_DOCS
 from redepth.errors import RedepthError
 from redepth.evaluation.calibrate import calibrate
 from redepth.evaluation.held_out import Evaluation, evaluate_held_out

@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import CONFIG_NAME
 
 from redepth.checkpoint.folder import read_json
-from redepth.data.rows import TrainingRows
+from redepth.data.mixture import TrainingRows
 from redepth.errors import RedepthError, first_line
 from redepth.evaluation.loss import loss_by_depth
 from redepth.modeling import RecurrentDepthForCausalLM

@@ -10,7 +10,7 @@ import torch
 
 from redepth.analysis.cost import ParameterCount, count_parameters
 from redepth.checkpoint.card import write_card
-from redepth.checkpoint.folder import whole_folder, write_recipe
+from redepth.checkpoint.folder import CheckpointFolder, write_recipe
 from redepth.checkpoint.shards import DEFAULT_SHARD_SIZE, save_definition, write_shards
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthConfig, RecurrentDepthForCausalLM
@@ -210,10 +210,10 @@ class Conversion:
             on_tensor: called with (tensors done, tensors in all).
 
         Raises:
-            RedepthError: if `out` exists and `overwrite` is off, or the source does not fit.
+            RedepthError: if `out` must not be replaced, or the source does not fit.
             OSError: if the disk is full or not writable.
         """
-        with whole_folder(out, overwrite) as folder:
+        with CheckpointFolder(out).replacing(overwrite, [self.source.location]) as folder:
             write_shards(self.tensors(), folder, len(self.table) + 1, max_shard_size, on_tensor)
             save_definition(self.config, folder, self.dtype)
             tokenizer = self.source.tokenizer
@@ -283,7 +283,7 @@ def convert(
 
     Args:
         source: hub id, local folder, `.gguf` or `.pt` file, or built-in name.
-        out: folder to write; must not exist unless `overwrite`.
+        out: folder to write; with `overwrite`, a checkpoint that redepth wrote may be there.
         prelude, core, coda: source layers as Python slices, such as `"0:10"`. Without them every layer is kept and
             the middle fifth is the core; with a core alone, what is before and after it.
         adapter: how e and the state start out mixed: `inject` [0 | I], `blend:α` [αI | (1−α)I], or `random`.

@@ -65,6 +65,7 @@ class Source(ABC):
     Attributes:
         name: as the user wrote it.
         folder: where its configuration and tokenizer lie.
+        location: the folder or file that it consists of, which nothing may be written into.
         license: the licence's hub name, or None where the source does not say.
         base_model: the hub id that a model card can point to, or None where there is none.
     """
@@ -76,6 +77,7 @@ class Source(ABC):
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name
         self.folder = folder
+        self.location = folder
 
     @property
     def _load_kwargs(self) -> dict[str, Any]:
@@ -190,6 +192,7 @@ class GGUFSource(Source):
     def __init__(self, name: str, file: Path, license: str | None = None, base_model: str | None = None) -> None:
         super().__init__(name, file.parent)
         self.base_model = base_model
+        self.location = file
         self.gguf_file = file.name
         self._file = file
         field = self._reader.get_field("general.license")

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from redepth.checkpoint.card import write_card
-from redepth.checkpoint.folder import HEALING_FILE, VERIFICATION_FILE, read_recipe, write_json
+from redepth.checkpoint.folder import HEALING_FILE, VERIFICATION_FILE, CheckpointFolder, read_recipe, write_json
 from redepth.data.python_docs import python_docs
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthForCausalLM
@@ -188,6 +188,7 @@ def verify(
     checks.append(compare(f"checkpoint against source{cut}", 1, wanted_of_out, logits, must))
 
     verification = Verification(checks, text, ids.numel())
-    write_json(folder / VERIFICATION_FILE, verification.to_dict())
-    write_card(folder)
+    with CheckpointFolder(folder).updating() as stage:
+        write_json(stage / VERIFICATION_FILE, verification.to_dict())
+        write_card(stage, base=folder)
     return verification
