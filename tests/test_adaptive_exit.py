@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from redepth import RecurrentDepthCache, RecurrentDepthForCausalLM
-from redepth.modeling.exits import EXIT_TESTS, ExitPolicy
+from redepth.modeling import DepthPolicy
+from redepth.modeling.exits import EXIT_TESTS
 from redepth.surgery.convert import plan_conversion
 from tests.zoo import random_ids
 
@@ -176,7 +177,7 @@ def test_a_callable_and_the_defaults(models) -> None:
     for criterion in EXIT_TESTS:
         output = adaptive(model, ids, criterion, "auto")
         assert output.stats["num_steps"].min() >= 2
-    assert ExitPolicy("kl", "auto", 1, 4).threshold == 5e-4
+    assert DepthPolicy.resolve(model.config, criterion="kl").threshold == 5e-4
 
 
 @pytest.mark.parametrize(

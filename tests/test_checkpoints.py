@@ -34,7 +34,7 @@ for folder in sys.argv[2:]:
     with torch.no_grad():
         out[folder] = model(ids, num_steps=3).logits
     options = {"num_steps": 3, "max_new_tokens": 5, "do_sample": False}
-    for policy in POLICIES[: 2 if model.config.has_recurrence else None]:
+    for policy in POLICIES[: 2 if model.config.has_lru else None]:
         out[folder + "/" + "".join(policy)] = model.generate(ids, **options, **policy)
 assert "redepth" not in sys.modules
 torch.save(out, sys.argv[1])
@@ -90,7 +90,7 @@ def test_folders_load_without_redepth(converted, tmp_path: Path) -> None:
         model = redepth.load(folder)
         with torch.no_grad():
             assert torch.equal(model(ids, num_steps=3).logits, plain[folder])
-        for policy in POLICIES[: 2 if model.config.has_recurrence else None]:
+        for policy in POLICIES[: 2 if model.config.has_lru else None]:
             got = model.generate(ids, num_steps=3, max_new_tokens=5, do_sample=False, **policy)
             assert torch.equal(got, plain[folder + "/" + "".join(policy)])
 

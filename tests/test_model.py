@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 import redepth
 from redepth import RecurrentDepthCache, RecurrentDepthForCausalLM
-from redepth.modeling.depth import sample_num_steps, split_num_steps
 from redepth.modeling.loss import chunked_cross_entropy
+from redepth.modeling.policy import sample_num_steps, split_num_steps
 from redepth.modeling.state import position_noise
 from redepth.surgery.convert import plan_conversion
 from tests.test_golden import FOLDER as HUGINN

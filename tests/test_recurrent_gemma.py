@@ -14,9 +14,9 @@ from redepth.griffin.model import (
     RecurrentGemmaConfig,
     RecurrentGemmaForCausalLM,
     RecurrentGemmaModel,
-    attention_segments,
 )
-from redepth.modeling.lru_mixer import BLOCK
+from redepth.griffin.passes import attention_segments
+from redepth.modeling.elementwise import BLOCK
 
 TINY = {
     "vocab_size": 61,

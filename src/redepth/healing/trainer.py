@@ -313,7 +313,7 @@ class _HeldOutLosses(TrainerCallback):
 
 def use_memory_savers(model: RecurrentDepthForCausalLM, recipe: HealRecipe) -> None:
     """Switch on what the recipe asks for inside the model; checkpointing by layer is Trainer's own switch."""
-    model.checkpoint_steps = recipe.activation_checkpointing == "step"
+    model.transformer.checkpoint_steps = recipe.activation_checkpointing == "step"
     if recipe.compile:
         # Layer by layer: one compilation serves every step and depth, where the whole model would need one for each.
         for module in model.modules():

@@ -7,11 +7,11 @@ import torch
 
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthConfig
+from redepth.modeling.configuration import GROUP_MODULES
 
 from .families import Family
 from .plan import Plan
 
-GROUP_MODULES = {"prelude": "prelude", "core": "core_block", "coda": "coda"}
 ADAPTER = "transformer.adapter.weight"
 EMBEDDING = "transformer.wte.weight"
 HEAD = "lm_head.weight"
