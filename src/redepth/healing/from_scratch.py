@@ -22,7 +22,7 @@ from redepth.data.tasks import IGNORED, ArrayTask, TaskBatch
 from redepth.data.tasks.arrays import END
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthConfig, RecurrentDepthForCausalLM
-from redepth.modeling.depth import sample_num_steps
+from redepth.modeling.policy import sample_num_steps
 
 Supervision = Literal["every-step", "last", "scratchpad"]
 LEARNED = 0.15  # nats: below this mean loss the curriculum goes on to one more step
