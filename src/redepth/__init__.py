@@ -6,6 +6,8 @@ on giving transformers' own class; `redepth.load` gives redepth's.
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from .analysis.patch import patch
+from .analysis.record import record
 from .checkpoint.load import load
 from .errors import RedepthError
 from .evaluation.calibrate import calibrate
@@ -29,5 +31,7 @@ __all__ = [
     "calibrate",
     "convert",
     "load",
+    "patch",
+    "record",
     "verify",
 ]

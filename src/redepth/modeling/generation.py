@@ -84,6 +84,11 @@ class RecurrentDepthGeneration(GenerationMixin):
             raise ValueError(f"give either a policy or {min(keywords)}, and not both")
         arguments = kwargs | {"custom_generate": custom_generate, "assistant_model": assistant_model}
         policy.check_beside(arguments)
+        # Watchers (record, patch) hang in the stack.
+        if getattr(self, "transformer").watchers:  # noqa: B009
+            beams = kwargs.get("num_beams") or getattr(generation_config or self.generation_config, "num_beams", None)
+            if not policy.is_one_token_at_a_time or (beams or 1) > 1:
+                raise ValueError("record and patch follow plain decoding; leave draft_steps, sampler and num_beams out")
         self._warn_outside_calibration(policy.num_steps)
         arguments["policy"] = policy
         if policy.is_one_token_at_a_time:
