@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from redepth.modeling.blocks import eager_attention
+from redepth.modeling.errors import UserError
 from redepth.modeling.lru_mixer import BLOCK, RGLRU, RecurrentBlock, Timeline, fits_no_cache, times
 from redepth.modeling.lru_state import align_right
 
@@ -45,20 +46,18 @@ def check_config(config: Any) -> None:
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
     lru_width = config.lru_width or config.hidden_size
     if config.attention_window_size < 1:
-        raise ValueError(
-            f"attention_window_size is {config.attention_window_size}, but a window holds at least 1 token"
-        )
+        raise UserError(f"attention_window_size is {config.attention_window_size}, but a window holds at least 1 token")
     if config.conv1d_width < 1:
-        raise ValueError(f"conv1d_width is {config.conv1d_width}, but a convolution has at least 1 tap")
+        raise UserError(f"conv1d_width is {config.conv1d_width}, but a convolution has at least 1 tap")
     if heads < 1 or config.hidden_size % heads:
-        raise ValueError(f"hidden_size ({config.hidden_size}) is not a multiple of num_attention_heads ({heads})")
+        raise UserError(f"hidden_size ({config.hidden_size}) is not a multiple of num_attention_heads ({heads})")
     if lru_width % heads:
-        raise ValueError(f"lru_width ({lru_width}) is not a multiple of num_attention_heads ({heads})")
+        raise UserError(f"lru_width ({lru_width}) is not a multiple of num_attention_heads ({heads})")
     if heads % kv_heads:
-        raise ValueError(f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})")
+        raise UserError(f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})")
     unknown = sorted(set(config.block_types) - set(BLOCK_TYPES))
     if unknown or not config.block_types:
-        raise ValueError(f"block_types holds {unknown or 'nothing'}; use {' and '.join(BLOCK_TYPES)}")
+        raise UserError(f"block_types holds {unknown or 'nothing'}; use {' and '.join(BLOCK_TYPES)}")
 
 
 def block_type(config: Any, layer: int) -> str:
@@ -117,7 +116,7 @@ def rotations(config: Any, position_ids: torch.Tensor, dtype: torch.dtype) -> tu
     """cos and sin of the rotary angles, `[B or 1, T, half the rotated channels]`."""
     parameters = config.rope_parameters
     if parameters.get("rope_type", "default") != "default":
-        raise ValueError(f"rope_type is {parameters['rope_type']!r}, but RecurrentGemma knows only 'default'")
+        raise UserError(f"rope_type is {parameters['rope_type']!r}, but RecurrentGemma knows only 'default'")
     rotated = int(config.hidden_size // config.num_attention_heads * parameters.get("partial_rotary_factor", 1.0))
     channels = torch.arange(0, rotated, 2, device=position_ids.device, dtype=torch.float32)
     angles = position_ids[..., None].float() * (1.0 / (parameters["rope_theta"] ** (channels / rotated)))
@@ -349,11 +348,9 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
                 "leave it out to get one"
             )
         if cache.signature != cache_signature(self.config):
-            raise ValueError(
-                "past_key_values was made for a model with other layers; leave it out to get a fitting one"
-            )
+            raise UserError("past_key_values was made for a model with other layers; leave it out to get a fitting one")
         if cache.batch is not None and cache.batch != batch:
-            raise ValueError(f"past_key_values holds {cache.batch} rows, but the input has {batch}")
+            raise UserError(f"past_key_values holds {cache.batch} rows, but the input has {batch}")
 
     def _real_columns(
         self, attention_mask: torch.Tensor | None, cache: RecurrentGemmaCache | None, batch: int, tokens: int
@@ -367,9 +364,9 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
             return None
         past = cache.length if cache is not None else 0
         if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
-            raise ValueError("attention_mask must be [batch, tokens]; a recurrence can't honour any other kind")
+            raise UserError("attention_mask must be [batch, tokens]; a recurrence can't honour any other kind")
         if attention_mask.shape != (batch, past + tokens):
-            raise ValueError(
+            raise UserError(
                 f"attention_mask has shape {list(attention_mask.shape)}, but {past} stored and {tokens} new tokens in "
                 f"{batch} rows need [{batch}, {past + tokens}]"
             )
@@ -380,7 +377,7 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         if cache is not None and past:
             stored = cache.real_counts(batch, mask.device)
             if not torch.equal(mask[:, :past].sum(1), stored):
-                raise ValueError("attention_mask differs from the one under which the stored tokens were read")
+                raise UserError("attention_mask differs from the one under which the stored tokens were read")
         real = mask[:, past:]
         return None if bool(real.all()) else real
 
@@ -400,7 +397,7 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         real = self._real_columns(attention_mask, cache, batch, tokens)
         if position_ids is not None:
             if position_ids.shape not in ((1, tokens), (batch, tokens)):
-                raise ValueError(f"position_ids has shape {list(position_ids.shape)}, but must be [{batch}, {tokens}]")
+                raise UserError(f"position_ids has shape {list(position_ids.shape)}, but must be [{batch}, {tokens}]")
             position_ids = position_ids.expand(batch, -1)
 
         restore = None
@@ -506,14 +503,14 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         if unknown:
             raise TypeError(f"forward() got an unknown argument {min(unknown)!r}; see its documentation")
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds, and not both")
+            raise UserError("give either input_ids or inputs_embeds, and not both")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         x = x * self.embed_scale
 
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if self.gradient_checkpointing and self.training and (use_cache or past_key_values is not None):
-            raise ValueError("a cache can't go with gradient checkpointing; pass use_cache=False")
+            raise UserError("a cache can't go with gradient checkpointing; pass use_cache=False")
         cache = past_key_values
         if cache is not None:
             self._check_cache(cache, x.shape[0])
@@ -522,11 +519,11 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         if output_attentions and self.config._attn_implementation != "eager":
-            raise ValueError("output_attentions needs eager attention; load the model with attn_implementation='eager'")
+            raise UserError("output_attentions needs eager attention; load the model with attn_implementation='eager'")
 
         x, shared = self._prepare(x, attention_mask, position_ids, cache, bool(output_attentions))
         if output_attentions and shared.restore is not None:
-            raise ValueError("output_attentions can't be given for padding after tokens; pad on the left")
+            raise UserError("output_attentions can't be given for padding after tokens; pad on the left")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         record = [x] if output_hidden_states else None
@@ -564,7 +561,7 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
     ) -> None:
         """Give generate() the cache that holds this model's states."""
         if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ValueError(
+            raise UserError(
                 f"cache_implementation={generation_config.cache_implementation!r} is not supported by RecurrentGemma, "
                 "whose memory does not grow; leave it out"
             )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .errors import UserError
 from .lru_mixer import Timeline
 from .lru_slots import RecurrentSlots
 from .lru_state import RecurrentLayer
@@ -73,7 +74,7 @@ def parse_cache_rule(rule: str) -> CacheRule:
         rule, ("full", "latest", "skip", "ring-4", "latest+ring-4", "first-8-then-last"), 1
     )
     hint = f"did you mean {near[0]!r}?" if near else f"use {KNOWN_RULES}"
-    raise ValueError(f"unknown cache rule {rule!r}; {hint}")
+    raise UserError(f"unknown cache rule {rule!r}; {hint}")
 
 
 @dataclass
@@ -280,7 +281,7 @@ class RecurrentDepthCache(Cache):
         self.recurrent: RecurrentSlots | None = None
         if config.has_recurrence:
             if self.rule.missing != "refuse" and self.rule.name != "latest":
-                raise ValueError(
+                raise UserError(
                     f"cache rule {self.rule.name!r} can't go with recurrent layers, whose states hold every token; use 'latest'"
                 )
             self.recurrent = RecurrentSlots(config.conv1d_width, stands_in=self.rule.missing == "latest")
@@ -291,7 +292,7 @@ class RecurrentDepthCache(Cache):
         needed = self.rule.places(num_steps) if self.rule.missing == "refuse" else 1
         shallowest = needed if self.steps_run is None or not self.length else int(self.steps_run.min())
         if shallowest < needed:
-            raise ValueError(
+            raise UserError(
                 f"num_steps={num_steps} under cache rule {self.rule.name!r} needs earlier tokens that ran at least {needed} "
                 f"steps, but one ran {shallowest}; use cache_rule='latest' or start from an empty cache"
             )
@@ -447,7 +448,7 @@ class RecurrentDepthCache(Cache):
                 recurrent layers did not record, see `activate_past_recording`.
         """
         if tokens_to_remove > 0:
-            raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+            raise UserError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
         if self.recurrent is not None:
             self.recurrent.crop(tokens_to_remove)
         if tokens_to_remove < 0:

@@ -8,6 +8,7 @@ from typing import Any
 from .cache import parse_cache_rule
 from .configuration import RecurrentDepthConfig
 from .depth import split_num_steps
+from .errors import UserError
 from .exits import ExitPolicy
 from .speculation import check_draft, speculative_decoding
 from .wavefront import CACHE_RULE as WAVEFRONT_RULE
@@ -36,7 +37,7 @@ def cache_rule_for(config: RecurrentDepthConfig, rule: str | None, criterion: An
     if parse_cache_rule(rule).missing == "refuse":
         # Recurrent layers take no combination of rules, so that `latest` alone is left.
         joined = "latest" if rule == "full" or config.has_recurrence else f"latest+{parse_cache_rule(rule).name}"
-        raise ValueError(f"a criterion can't go with cache rule {rule!r}, which needs every step; use {joined!r}")
+        raise UserError(f"a criterion can't go with cache rule {rule!r}, which needs every step; use {joined!r}")
     return rule
 
 
@@ -54,7 +55,7 @@ def exit_policy(
         if found is None:
             known = [wanted for wanted, value in thresholds.get(str(criterion), {}).items() if value is not None]
             hint = f"use {', '.join(known)} or a number" if known else "give a number, or run redepth calibrate"
-            raise ValueError(f"this checkpoint has no threshold of {criterion!r} for {exit_threshold!r}; {hint}")
+            raise UserError(f"this checkpoint has no threshold of {criterion!r} for {exit_threshold!r}; {hint}")
         exit_threshold = found
     return ExitPolicy(criterion, exit_threshold, min_steps, num_steps)
 
@@ -72,7 +73,7 @@ def choose_decoding(config: RecurrentDepthConfig, arguments: dict[str, Any]) -> 
     draft_steps, draft_tokens = arguments.pop("draft_steps", None), arguments.pop("draft_tokens", None)
     sampler = arguments.pop("sampler", None)
     if draft_tokens is not None and draft_steps is None:
-        raise ValueError("draft_tokens needs draft_steps; give the depth of the draft")
+        raise UserError("draft_tokens needs draft_steps; give the depth of the draft")
     if draft_steps is None and sampler is None:
         criterion = arguments.get("criterion")
         if criterion is not None:
@@ -83,18 +84,18 @@ def choose_decoding(config: RecurrentDepthConfig, arguments: dict[str, Any]) -> 
         return None
     name = "draft_steps" if sampler is None else f"sampler={sampler!r}"
     if config.has_recurrence:
-        raise ValueError(f"{name} can't go with recurrent layers, whose states can't be taken back; leave it out")
+        raise UserError(f"{name} can't go with recurrent layers, whose states can't be taken back; leave it out")
     excluded = [other for other in ONE_TOKEN_AT_A_TIME if arguments.get(other)]
     excluded += ["draft_steps"] if sampler is not None and draft_steps is not None else []
     excluded += ["use_cache=False"] if arguments.get("use_cache") is False else []
     if excluded:
-        raise ValueError(f"{name} can't go with {excluded[0]}; choose one of them")
+        raise UserError(f"{name} can't go with {excluded[0]}; choose one of them")
     arguments["num_steps"] = num_steps
     if sampler is None:
         check_draft(draft_steps, draft_tokens, num_steps)
         return partial(speculative_decoding, draft_steps=draft_steps, draft_tokens=draft_tokens)
     if sampler != "wavefront":
-        raise ValueError(f"unknown sampler {sampler!r}; use 'wavefront', or leave it out")
+        raise UserError(f"unknown sampler {sampler!r}; use 'wavefront', or leave it out")
     settings = {name: arguments.pop(name) for name in signature(check_wavefront).parameters if name in arguments}
     arguments["cache_rule"] = arguments.get("cache_rule") or WAVEFRONT_RULE
     return partial(wavefront_decoding, settings=check_wavefront(**settings))

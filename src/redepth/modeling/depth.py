@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from .errors import UserError
+
 
 def split_num_steps(num_steps: Any) -> tuple[int, int]:
     """(steps without gradient, steps with gradient) from an int, a pair, or a tensor of one or two entries.
@@ -20,9 +22,9 @@ def split_num_steps(num_steps: Any) -> tuple[int, int]:
     else:
         counts = (0, given)
     if len(counts) != 2 or not all(isinstance(count, int) and not isinstance(count, bool) for count in counts):
-        raise ValueError(f"num_steps takes an integer or a pair (without gradient, with gradient), got {num_steps!r}")
+        raise UserError(f"num_steps takes an integer or a pair (without gradient, with gradient), got {num_steps!r}")
     if min(counts) < 0 or sum(counts) < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps!r}")
+        raise UserError(f"num_steps must be at least 1, got {num_steps!r}")
     return counts[0], counts[1]
 
 

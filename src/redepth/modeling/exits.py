@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from .errors import UserError
+
 # (new, old) → what is held against the threshold, `[N]`; states are [N, D], logits [N, V] in fp32.
 Measure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -88,7 +90,7 @@ def find_exit_test(criterion: str | ExitTest | Measure) -> ExitTest:
     if criterion not in EXIT_TESTS:
         near = difflib.get_close_matches(str(criterion), EXIT_TESTS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(EXIT_TESTS)}"
-        raise ValueError(f"unknown exit criterion {criterion!r}; {hint}")
+        raise UserError(f"unknown exit criterion {criterion!r}; {hint}")
     return EXIT_TESTS[criterion]
 
 
@@ -111,9 +113,9 @@ class ExitPolicy:
         self.test = find_exit_test(criterion)
         threshold = self.test.threshold if exit_threshold == "auto" else exit_threshold
         if not isinstance(threshold, (int, float)) or not threshold > 0:
-            raise ValueError(f"exit_threshold must be 'auto' or above 0, got {exit_threshold!r}")
+            raise UserError(f"exit_threshold must be 'auto' or above 0, got {exit_threshold!r}")
         if not 1 <= min_steps <= num_steps:
-            raise ValueError(f"min_steps must be between 1 and num_steps ({num_steps}), got {min_steps}")
+            raise UserError(f"min_steps must be between 1 and num_steps ({num_steps}), got {min_steps}")
         self.min_steps = min_steps
         self.streak_needed = self.test.streak if self.test.streak is not None else threshold
         # A test whose threshold counts steps asks for a measure of zero at each of them.

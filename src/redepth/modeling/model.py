@@ -28,6 +28,7 @@ from .cache import RecurrentDepthCache, SomeTokens, parse_cache_rule
 from .configuration import RECURRENCE, RecurrentDepthConfig
 from .decoding import cache_rule_for, choose_decoding, exit_policy
 from .depth import sample_num_steps, split_num_steps
+from .errors import UserError
 from .exits import ExitPolicy, ExitTest, Measure
 from .loss import TokenLoss, chunked_cross_entropy, cross_entropy_of_tokens
 from .lru_mixer import GATE_VARIANCE, RGLRU
@@ -190,7 +191,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         """Give generate() the one cache that knows about steps."""
         if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ValueError(
+            raise UserError(
                 f"cache_implementation={generation_config.cache_implementation!r} is not supported by a depth-recurrent "
                 "model; leave it out and choose a cache_rule instead"
             )
@@ -223,21 +224,19 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                 "leave it out to get one"
             )
         if cache is not None and (cache.recurrent is not None) != self.config.has_recurrence:
-            raise ValueError(
-                "past_key_values was made for a model with other layers; leave it out to get a fitting one"
-            )
+            raise UserError("past_key_values was made for a model with other layers; leave it out to get a fitting one")
         batch, tokens, _ = hidden.shape
         past = cache.get_seq_length() if cache is not None else 0
         total = past + tokens
         self.check_length(total)
         if attention_mask is not None and attention_mask.ndim == 2:
             if attention_mask.shape != (batch, total):
-                raise ValueError(
+                raise UserError(
                     f"attention_mask has shape {list(attention_mask.shape)}, but {past} stored and {tokens} new tokens "
                     f"in {batch} rows need [{batch}, {total}]"
                 )
         elif attention_mask is not None and (attention_mask.ndim != 4 or self.config.layer_types is not None):
-            raise ValueError(
+            raise UserError(
                 f"attention_mask has shape {list(attention_mask.shape)}; give [batch, tokens], or [batch, 1, new, all] "
                 "to a model without sliding windows"
             )
@@ -283,7 +282,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
     def check_length(self, tokens: int) -> None:
         """Raises ValueError where a row has more tokens than the model allows."""
         if tokens > self.config.block_size:
-            raise ValueError(
+            raise UserError(
                 f"{tokens} tokens are more than the {self.config.block_size} this model allows; shorten the prompt or "
                 "generate fewer tokens"
             )
@@ -291,7 +290,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
     def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Token embeddings times `embed_scale`, `[B, T, D]`; `inputs_embeds` are taken before the scale."""
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds, and not both")
+            raise UserError("give either input_ids or inputs_embeds, and not both")
         embedded = self.transformer["wte"](input_ids) if inputs_embeds is None else inputs_embeds
         return embedded * self.config.embed_scale if self.config.embed_scale != 1 else embedded
 
@@ -537,7 +536,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         if unknown:
             raise TypeError(f"forward() got an unknown argument {min(unknown)!r}; see its documentation")
         if kwargs.get("output_attentions"):
-            raise ValueError("output_attentions is not supported; a core layer has one attention map for each step")
+            raise UserError("output_attentions is not supported; a core layer has one attention map for each step")
 
         if num_steps is None and self.training:
             steps_without, steps_with = sample_num_steps(self.config.mean_recurrence, self.config.mean_backprop_depth)
@@ -550,18 +549,18 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and self.training and self.is_gradient_checkpointing:
-            raise ValueError("use_cache=True can't go with gradient checkpointing; pass use_cache=False")
+            raise UserError("use_cache=True can't go with gradient checkpointing; pass use_cache=False")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         policy = None
         if criterion is not None:
             if output_hidden_states:
-                raise ValueError(
+                raise UserError(
                     "output_hidden_states can't go with a criterion; tokens run different numbers of layers"
                 )
             policy = exit_policy(self.config, criterion, exit_threshold, min_steps, total_steps)
             if steps_without or (torch.is_grad_enabled() and self.training):
-                raise ValueError("a criterion is for inference; call model.eval() and give num_steps as one number")
+                raise UserError("a criterion is for inference; call model.eval() and give num_steps as one number")
         given_rule = past_key_values.rule.name if isinstance(past_key_values, RecurrentDepthCache) else cache_rule
         rule = cache_rule_for(self.config, given_rule, criterion)
         cache = past_key_values
@@ -569,10 +568,10 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             cache = RecurrentDepthCache(self.config, rule)
 
         if continuous_compute and cache is None:
-            raise ValueError("continuous_compute=True needs a cache to carry the state; leave use_cache on")
+            raise UserError("continuous_compute=True needs a cache to carry the state; leave use_cache on")
         past_states = cache.last_state if isinstance(cache, RecurrentDepthCache) else None
         if continuous_compute and past_states is None and cache is not None and cache.get_seq_length():
-            raise ValueError("continuous_compute=True can't go on from a cropped cache, whose last state is gone")
+            raise UserError("continuous_compute=True can't go on from a cropped cache, whose last state is gone")
 
         x = self._embed(input_ids, inputs_embeds)
         whole_masks = policy is not None or parse_cache_rule(rule).missing == "skip"
@@ -701,7 +700,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         known = {"lookup_strategy"}
         unknown = set(cache_kwargs or {}) - known
         if unknown:
-            raise ValueError(f"cache_kwargs has {min(unknown)!r}, but only {', '.join(known)} is known")
+            raise UserError(f"cache_kwargs has {min(unknown)!r}, but only {', '.join(known)} is known")
         rule = (cache_kwargs or {}).get("lookup_strategy")
         # Without a criterion a call is a plain generate; with one, `latest` is what the published rule comes down to.
         if criterion in (None, "none"):

@@ -10,6 +10,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .blocks import PassContext, rotations
 from .cache import RecurrentDepthCache, SomeTokens
+from .errors import UserError
 
 
 class UnevenRows:
@@ -29,11 +30,11 @@ class UnevenRows:
         self.settings = prepared["generation_config"]
         for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
             if self.settings.return_dict_in_generate and getattr(self.settings, name):
-                raise ValueError(f"{name}=True is not supported with draft_steps or a sampler; leave it out")
+                raise UserError(f"{name}=True is not supported with draft_steps or a sampler; leave it out")
         if self.settings.num_beams > 1:
-            raise ValueError(f"num_beams={self.settings.num_beams} is not supported with draft_steps or a sampler")
+            raise UserError(f"num_beams={self.settings.num_beams} is not supported with draft_steps or a sampler")
         if input_ids.shape[1] == 0 or prepared.get("inputs_embeds") is not None:
-            raise ValueError("draft_steps and samplers need a prompt of input_ids with at least one token")
+            raise UserError("draft_steps and samplers need a prompt of input_ids with at least one token")
         self.processors = prepared["logits_processor"]
         self.stopping = prepared["stopping_criteria"]
         self.streamer = prepared["streamer"]

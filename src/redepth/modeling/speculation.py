@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .depth import split_num_steps
+from .errors import UserError
 from .ragged import UnevenRows
 
 EVERY_STEP = ("full", "latest")  # the rules that keep a token's steps apart
@@ -21,9 +22,9 @@ MEMORY = 0.9  # how much of that belief lasts a round
 def check_draft(draft_steps: Any, draft_tokens: Any, num_steps: int) -> None:
     """Raises ValueError for a draft that is not shallower than the target, or that is of no tokens."""
     if not isinstance(draft_steps, int) or not 1 <= draft_steps < num_steps:
-        raise ValueError(f"draft_steps must be between 1 and num_steps - 1 ({num_steps - 1}), got {draft_steps!r}")
+        raise UserError(f"draft_steps must be between 1 and num_steps - 1 ({num_steps - 1}), got {draft_steps!r}")
     if draft_tokens is not None and (not isinstance(draft_tokens, int) or draft_tokens < 1):
-        raise ValueError(f"draft_tokens must be at least 1, got {draft_tokens!r}")
+        raise UserError(f"draft_tokens must be at least 1, got {draft_tokens!r}")
 
 
 def draft_length(rate: float, draft_cost: float, verify_cost: float) -> int:
@@ -129,7 +130,7 @@ def speculative_decoding(
     num_steps = sum(split_num_steps(num_steps))
     rows = UnevenRows(model, input_ids, prepared | {"streamer": streamer})
     if rows.cache.rule.name not in EVERY_STEP:
-        raise ValueError(
+        raise UserError(
             f"draft_steps can't go with cache rule {rows.cache.rule.name!r}: a draft's keys and values would be read as a "
             f"deeper step's; use one of {', '.join(EVERY_STEP)}"
         )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .depth import split_num_steps
+from .errors import UserError
 from .ragged import UnevenRows
 
 CACHE_RULE = "ring-1"  # every token shows what it holds now
@@ -39,11 +40,11 @@ def check_wavefront(
     threshold = 0.03 if exit_threshold == "auto" else exit_threshold
     for name, count in (("headway", headway), ("inner_steps", inner_steps), ("max_wavefront", max_wavefront)):
         if not isinstance(count, int) or count < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
+            raise UserError(f"{name} must be an integer of at least 1, got {count!r}")
     if not isinstance(threshold, (int, float)) or not threshold > 0:
-        raise ValueError(f"exit_threshold must be 'auto' or above 0, got {exit_threshold!r}")
+        raise UserError(f"exit_threshold must be 'auto' or above 0, got {exit_threshold!r}")
     if not isinstance(noise_mix, (int, float)) or not 0 <= noise_mix < 1:
-        raise ValueError(f"noise_mix must be at least 0 and below 1, got {noise_mix!r}")
+        raise UserError(f"noise_mix must be at least 0 and below 1, got {noise_mix!r}")
     return {
         "headway": headway,
         "inner_steps": inner_steps,
@@ -103,7 +104,7 @@ def wavefront_decoding(
     most = sum(split_num_steps(num_steps))
     rows = UnevenRows(model, input_ids, prepared | {"streamer": streamer})
     if rows.cache.rule.name != CACHE_RULE:
-        raise ValueError(f"the wavefront sampler reads by cache rule {CACHE_RULE!r}, not {rows.cache.rule.name!r}")
+        raise UserError(f"the wavefront sampler reads by cache rule {CACHE_RULE!r}, not {rows.cache.rule.name!r}")
     parts, device, batch = model.transformer, rows.ids.device, len(input_ids)
     chooser = Chooser(rows)
     first = chooser.pick(rows.prefill(most)[:, None], (rows.lengths - 1)[:, None])
