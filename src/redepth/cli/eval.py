@@ -129,8 +129,8 @@ def write_evaluations(found: list[Any], out: Path) -> None:
     """`tasks.json` with all of them, and a heat map of each, named after its task."""
     import re
 
-    from redepth.evaluation.plots import plot_accuracy_by_depth
     from redepth.checkpoint.folder import write_json
+    from redepth.evaluation.plots import plot_accuracy_by_depth
 
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "tasks.json", [one.as_dict() for one in found])
