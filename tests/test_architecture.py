@@ -18,6 +18,7 @@ MODELING_MAY_IMPORT = {
     "functools",
     "inspect",
     "math",
+    "operator",
     "re",
     "typing",
 }

@@ -1,5 +1,6 @@
 """Contract 4: saved folders load alike here and in a transformers that has never heard of redepth."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,10 @@ from tests.zoo import FAMILIES, random_ids
 
 # Recurrent layers go with the first two.
 POLICIES: list[dict] = [{}, {"criterion": "kl"}, {"draft_steps": 1}, {"sampler": "wavefront"}]
+# What chooses the processor's instructions and threads: the other process must add as this one does.
+ARITHMETIC = {
+    name: value for name, value in os.environ.items() if name.startswith(("ATEN_", "OMP_", "MKL_", "ONEDNN_"))
+}
 PLAIN = """
 import sys
 class Block:
@@ -34,7 +39,7 @@ for folder in sys.argv[2:]:
     with torch.no_grad():
         out[folder] = model(ids, num_steps=3).logits
     options = {"num_steps": 3, "max_new_tokens": 5, "do_sample": False}
-    for policy in POLICIES[: 2 if model.config.has_recurrence else None]:
+    for policy in POLICIES[: 2 if model.config.has_lru else None]:
         out[folder + "/" + "".join(policy)] = model.generate(ids, **options, **policy)
 assert "redepth" not in sys.modules
 torch.save(out, sys.argv[1])
@@ -79,7 +84,7 @@ def test_folders_load_without_redepth(converted, tmp_path: Path) -> None:
         [sys.executable, "-c", PLAIN, str(tmp_path / "out.pt"), *folders.values()],
         check=True,
         cwd=tmp_path,
-        env={"PATH": "", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "HOME": str(tmp_path)},
+        env={"PATH": "", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "HOME": str(tmp_path)} | ARITHMETIC,
         capture_output=True,
         text=True,
     )
@@ -90,7 +95,7 @@ def test_folders_load_without_redepth(converted, tmp_path: Path) -> None:
         model = redepth.load(folder)
         with torch.no_grad():
             assert torch.equal(model(ids, num_steps=3).logits, plain[folder])
-        for policy in POLICIES[: 2 if model.config.has_recurrence else None]:
+        for policy in POLICIES[: 2 if model.config.has_lru else None]:
             got = model.generate(ids, num_steps=3, max_new_tokens=5, do_sample=False, **policy)
             assert torch.equal(got, plain[folder + "/" + "".join(policy)])
 

@@ -25,7 +25,7 @@ from tests.zoo import COMMON, FAMILIES, make_model, random_ids, save_source
 
 @torch.no_grad()
 def logits_of_source(source: Path, ids: torch.Tensor) -> torch.Tensor:
-    from redepth.surgery.sources import open_source
+    from redepth.checkpoint.sources import open_source
 
     return open_source(str(source)).reference_model()(ids, use_cache=False).logits
 
@@ -158,11 +158,19 @@ def test_output_folder_is_complete(zoo, tmp_path: Path) -> None:
     modelling = {
         "blocks.py",
         "cache.py",
+        "cache_rules.py",
+        "cache_slots.py",
         "configuration.py",
-        "decoding.py",
-        "depth.py",
+        "elementwise.py",
         "exits.py",
+        "generation.py",
+        "passes.py",
+        "policy.py",
+        "pretrained.py",
         "published.py",
+        "rotary.py",
+        "stack.py",
+        "tokens.py",
         "loss.py",
         "model.py",
         "attention_backward.py",

@@ -14,3 +14,8 @@ class RedepthError(ValueError):
 def first_line(error: BaseException) -> str:
     """Another library's message, cut to what fits in redepth's one line."""
     return str(error).strip().partition("\n")[0]
+
+
+def one_line(error: BaseException) -> str:
+    """Another library's message, all of it, in redepth's one line."""
+    return " ".join(str(error).split())

@@ -33,9 +33,10 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _plan_section(convert: dict[str, Any], base_model: str) -> str:
+    commit = f" (commit `{convert['revision']}`)" if convert.get("revision") else ""
     rows = [[group, f"`{convert[group]}`"] for group in ("prelude", "core", "coda")]
     return (
-        f"Made from `{base_model}` by `redepth convert` (adapter `{convert['adapter']}`, initial state "
+        f"Made from `{base_model}`{commit} by `redepth convert` (adapter `{convert['adapter']}`, initial state "
         f"`{convert['state']}`).\n\n" + _table(["part", "source layers"], rows)
     )
 

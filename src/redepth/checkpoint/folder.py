@@ -23,6 +23,7 @@ VERIFICATION_FILE = "verification.json"
 HEALING_FILE = "healing.json"
 HEALING_LOG_FILE = "healing-log.jsonl"
 EVALUATION_FILE = "evaluation.json"
+FAMILY_FILE = "family.yaml"
 CARD_FILE = "README.md"
 MANIFEST_FILE = ".redepth.json"
 CONFIG_FILE = "config.json"
@@ -158,14 +159,15 @@ class CheckpointFolder:
             names |= KNOWN_FILES | self._modelling_files()
             if "convert" in read_recipe(self.path):
                 names.add(CARD_FILE)
-        return {name for name in names if _stays_inside(name)}
+        return {name for name in names if stays_inside(name)}
 
     def weights(self) -> list[str]:
         """The weight files that the checkpoint consists of, and their index."""
         names = [name for name in (WEIGHTS_FILE, INDEX_FILE) if (self.path / name).exists()]
         index = _read_quietly(self.path / INDEX_FILE)
         shards = index.get("weight_map") if isinstance(index, dict) else None
-        return names + sorted({str(file) for file in shards.values()} if isinstance(shards, dict) else ())
+        listed = {str(file) for file in shards.values()} if isinstance(shards, dict) else set()
+        return names + sorted(name for name in listed if stays_inside(name))
 
     @contextmanager
     def replacing(self, overwrite: bool = False, sources: Iterable[Path] = ()) -> Iterator[Path]:
@@ -244,11 +246,11 @@ class CheckpointFolder:
         """Each file by a rename, config.json last. It can be done again from any point at which it was broken off."""
         work = self.path / WORK_FOLDER
         stage = work / STAGE
-        removed = read_json(work / JOURNAL)["remove"]
+        journal: dict[str, list[str]] = read_json(work / JOURNAL) or {}
         for name in sorted(_files_in(stage), key=lambda name: (name == CONFIG_FILE, name)):
             (self.path / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(stage / name, self.path / name)
-        for name in removed:
+        for name in journal.get("remove", []):
             (self.path / name).unlink(missing_ok=True)
             for parent in (self.path / name).parents:
                 if parent == self.path or not parent.is_dir() or any(parent.iterdir()):
@@ -302,7 +304,8 @@ def _files_in(folder: Path) -> set[str]:
     return {file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir()}
 
 
-def _stays_inside(name: str) -> bool:
+def stays_inside(name: str) -> bool:
+    """Whether a file name, as a record in a checkpoint gives it, means a file in the folder."""
     return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 

@@ -8,10 +8,10 @@ from transformers import AutoModelForCausalLM
 
 from redepth.errors import RedepthError
 from redepth.runtime import parse_dtype
-from redepth.surgery.sources import Source, open_source
 
 from .folder import CheckpointFolder
 from .shards import DEFAULT_SHARD_SIZE, write_shards
+from .sources import Source, open_source
 
 
 def rewrite(

@@ -28,7 +28,7 @@ def command(
 
     from redepth.checkpoint.load import load, load_tokenizer
     from redepth.errors import RedepthError
-    from redepth.modeling.depth import split_num_steps
+    from redepth.modeling.policy import split_num_steps
 
     if num_steps is not None:
         split_num_steps(num_steps)

@@ -9,10 +9,10 @@ from rich.table import Table
 from redepth.checkpoint.republish import republish
 from redepth.checkpoint.rewrite import rewrite
 from redepth.checkpoint.shards import DEFAULT_SHARD_SIZE
+from redepth.checkpoint.sources import Source, open_source
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthConfig
 from redepth.surgery.convert import DEFAULT_ADAPTER, DEFAULT_STATE, Conversion, plan_conversion
-from redepth.surgery.sources import Source, open_source
 
 from .console import AsJson, Quiet, hush_libraries, print_json, progress_bar, remarks, results
 

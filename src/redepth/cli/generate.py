@@ -78,7 +78,7 @@ def command(
 
     from redepth.checkpoint.load import load, load_tokenizer, read_config
     from redepth.errors import RedepthError
-    from redepth.modeling.decoding import choose_decoding
+    from redepth.modeling import DepthPolicy
 
     given = {
         "criterion": criterion,
@@ -108,7 +108,7 @@ def command(
     config, _ = read_config(checkpoint)
     depths = num_steps or [config.default_num_steps]
     for depth in depths:
-        choose_decoding(config, policy | {"num_steps": depth})
+        DepthPolicy.resolve(config, **policy, num_steps=depth)
     model: Any = load(checkpoint, dtype, device)
     tokenizer = load_tokenizer(checkpoint)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)

@@ -23,9 +23,9 @@ def command(
     Example: redepth inspect ./smollm2-recurrent --num-steps 8
     """
     hush_libraries()
-    from redepth.analysis.inspect import inspect
-    from redepth.modeling.cache import parse_cache_rule
-    from redepth.modeling.depth import split_num_steps
+    from redepth.checkpoint.inspect import inspect
+    from redepth.modeling.cache_rules import parse_cache_rule
+    from redepth.modeling.policy import split_num_steps
 
     if cache_rule is not None:
         parse_cache_rule(cache_rule)

@@ -29,7 +29,7 @@ def command(
     Example: redepth new ./fresh --preset 100m
     """
     hush_libraries()
-    from redepth.analysis.cost import count_parameters
+    from redepth.checkpoint.cost import count_parameters
     from redepth.checkpoint.load import load_tokenizer
     from redepth.errors import RedepthError
     from redepth.runtime import parse_dtype

@@ -74,13 +74,13 @@ def command(
     hush_libraries()
     import torch
 
+    from redepth.checkpoint.sources import open_source
     from redepth.data.rows import held_out_rows
     from redepth.data.text import open_text
     from redepth.errors import RedepthError
-    from redepth.runtime import keep_freed_memory, processor_has_bf16
+    from redepth.runtime import has_bf16, keep_freed_memory
     from redepth.surgery.plan import default_plan
     from redepth.surgery.search import ADAPTERS, TOLERANCE, check_search, search_plans
-    from redepth.surgery.sources import open_source
 
     if precision not in ("auto", "bf16", "fp32"):
         raise RedepthError(f"--precision {precision!r} is unknown; use auto, bf16 or fp32")
@@ -96,7 +96,7 @@ def command(
         raise RedepthError(f"source {source!r} has no tokenizer, so it can't be measured on text")
     stream = open_text(data, text_column)
     text, _ = held_out_rows(stream, opened.tokenizer, sequence_length, rows)
-    bf16 = precision == "bf16" or (precision == "auto" and processor_has_bf16())
+    bf16 = precision == "bf16" or (precision == "auto" and has_bf16())
     keep_freed_memory()
     with progress_bar(quiet) as update:
         search = search_plans(

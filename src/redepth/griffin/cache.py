@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from redepth.modeling.lru_state import RecurrentLayer, RowChange, align_right
+from redepth.modeling.lru_state import LruState, RowChange
+from redepth.modeling.tokens import align_right
 
 
 class WindowLayer(CacheLayerMixin):
@@ -140,7 +141,7 @@ class RecurrentGemmaCache(Cache):
         types = [config.block_types[i % len(config.block_types)] for i in range(config.num_hidden_layers)]
         self.signature = cache_signature(config)
         window, taps = config.attention_window_size, config.conv1d_width
-        layers: list[Any] = [WindowLayer(window) if kind == "attention" else RecurrentLayer(taps) for kind in types]
+        layers: list[Any] = [WindowLayer(window) if kind == "attention" else LruState(taps) for kind in types]
         super().__init__(layers=layers)
         self.kept = config.attention_window_size - 1
         self.recording = False

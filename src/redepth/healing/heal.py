@@ -23,16 +23,16 @@ from redepth.checkpoint.folder import (
     write_jsonl,
     write_recipe,
 )
-from redepth.checkpoint.load import load_tokenizer, read_config
+from redepth.checkpoint.load import load, load_tokenizer, read_config
 from redepth.data.mixture import training_and_held_out
 from redepth.data.survey import count_licenses
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthForCausalLM
-from redepth.runtime import keep_freed_memory, processor_has_bf16
+from redepth.runtime import has_bf16, keep_freed_memory
 
 from .checkpoints import last_whole, sweep
 from .distillation import open_teacher
-from .optim import set_trainable
+from .optim import check_optimizer, set_trainable
 from .preflight import Preflight, preflight
 from .recipe import HealRecipe
 from .trainer import HealTrainer, Progress, training_arguments, use_memory_savers
@@ -99,9 +99,9 @@ def _prepare(folder: Path, recipe: HealRecipe, work: Path, on_progress: Callable
         raise RedepthError(
             f"sequence_length {recipe.sequence_length} is more than the {config.block_size} tokens the model allows"
         )
-    if recipe.precision == "bf16" and not processor_has_bf16():
+    if recipe.precision == "bf16" and not has_bf16():
         raise RedepthError("precision bf16 asked for, but this processor has no bf16 matrix products; use auto or fp32")
-    bf16 = recipe.precision != "fp32" and processor_has_bf16()
+    bf16 = recipe.precision != "fp32" and has_bf16()
     arguments = training_arguments(recipe, work, bf16)
     if arguments.n_gpu > 1:
         raise RedepthError(
@@ -113,13 +113,14 @@ def _prepare(folder: Path, recipe: HealRecipe, work: Path, on_progress: Callable
 
     if not torch.cuda.is_available():
         keep_freed_memory()
-    model = RecurrentDepthForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = load(folder, torch.float32)
     use_memory_savers(model, recipe)
     teacher = None
     if recipe.distill:
         teacher = open_teacher(folder, recipe, config.vocab_size, torch.bfloat16 if bf16 else torch.float32)
         teacher.model.to(arguments.device)
     trained = set_trainable(model, recipe)
+    check_optimizer(recipe, arguments, model)
     try:
         trainer = HealTrainer(
             recipe,

@@ -52,6 +52,8 @@ class ConvertRecipe(BaseModel):
     dtype: str | None = None
     tie: bool | None = None
     seed: int = 0
+    revision: str | None = None
+    family: str | None = None
 
 
 class EvaluateRecipe(BaseModel):
@@ -157,6 +159,7 @@ def _calibrate(recipe: RetrofitRecipe, folder: Path, tell: Callable[[Progress], 
         held_out[: recipe.calibrate.rows],
         name,
         recipe.calibrate.most_steps,
+        device="auto",
         on_row=lambda number, total: tell(Progress("calibrate", number / total)),
     )
 

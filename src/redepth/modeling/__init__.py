@@ -3,10 +3,14 @@
 from .cache import RecurrentDepthCache
 from .configuration import RecurrentDepthConfig
 from .model import RecurrentDepthForCausalLM, RecurrentDepthOutput
+from .policy import DepthPolicy
+from .stack import RecurrentStack
 
 __all__ = [
+    "DepthPolicy",
     "RecurrentDepthCache",
     "RecurrentDepthConfig",
     "RecurrentDepthForCausalLM",
     "RecurrentDepthOutput",
+    "RecurrentStack",
 ]

@@ -10,8 +10,10 @@ from transformers.configuration_utils import PreTrainedConfig
 
 # The published names among them mean the same.
 STATE_MODES = {"noise": "noise", "like-init": "noise", "zeros": "zeros", "zero": "zeros", "embed": "embed"}
-# The layer type of a recurrence; transformers allows no name of ours.
-RECURRENCE = "linear_attention"
+# The three groups of layers, and the modules of the stack that hold them.
+GROUP_MODULES = {"prelude": "prelude", "core": "core_block", "coda": "coda"}
+# The layer type of a recurrence in time; transformers allows no name of ours.
+LRU_LAYER = "linear_attention"
 NormPlacement = Literal["pre", "post", "sandwich", "huginn"]
 
 
@@ -45,6 +47,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
         cache_rule (`str`): default rule of the cache, see `cache.RecurrentDepthCache`.
         num_steps (`int`, *optional*): the depth to run when none is given; the calibrated one, or else `mean_recurrence`,
             by default. It serves callers that can't pass one, as `from_pretrained(folder, num_steps=8)`.
+        max_num_steps (`int`): a larger depth is refused as a mistake.
         depth_profile (`dict`, *optional*): what calibration measured: `num_steps`, the depth to use when none is given;
             `valid_range`, the least and the most steps that are sound; `thresholds` of the exit tests by wanted agreement;
             and by number of steps, from 1, `loss`, `kl_to_deepest`, `agreement` and `exit_rates`.
@@ -108,6 +111,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
     state_seed: int = 0
     cache_rule: str = "full"
     num_steps: int | None = None
+    max_num_steps: int = 4096
     depth_profile: dict[str, Any] | None = None
     init_values: dict[str, float] | None = None
 
@@ -116,7 +120,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
             self.num_key_value_heads = self.n_heads
         if self.head_dim is None:
             self.head_dim = self.n_embd // self.n_heads
-        if self.lru_width is None and self.has_recurrence:
+        if self.lru_width is None and self.has_lru:
             self.lru_width = self.n_embd
         self.n_layers = self.n_layers_in_prelude + self.n_layers_in_recurrent_block + self.n_layers_in_coda
         # Published configs give the table's padded size, and some their rope in the older keys.
@@ -164,9 +168,9 @@ class RecurrentDepthConfig(PreTrainedConfig):
         return self.layer_types[layer] if self.layer_types is not None else "full_attention"
 
     @property
-    def has_recurrence(self) -> bool:
+    def has_lru(self) -> bool:
         """Whether any layer is recurrent in time."""
-        return self.layer_types is not None and RECURRENCE in self.layer_types
+        return self.layer_types is not None and LRU_LAYER in self.layer_types
 
     def layer_has_rope(self, layer: int) -> bool:
         """Whether unique layer `layer` rotates its queries and keys."""
@@ -190,7 +194,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
                 raise ValueError(f"{name} has {len(values)} entries, but the model has {self.n_layers} unique layers")
         if self.layer_types is not None and "sliding_attention" in self.layer_types and not self.sliding_window:
             raise ValueError("layer_types names sliding_attention, but sliding_window is not set; set it in tokens")
-        if self.has_recurrence and (not self.lru_width or self.lru_width % self.n_heads):
+        if self.has_lru and (not self.lru_width or self.lru_width % self.n_heads):
             raise ValueError(f"lru_width ({self.lru_width}) is not a multiple of n_heads ({self.n_heads})")
         if self.conv1d_width < 1:
             raise ValueError(f"conv1d_width is {self.conv1d_width}, but a convolution has at least 1 tap")

@@ -38,14 +38,14 @@ class _SummedInChunks(torch.autograd.Function):
         states_grad = torch.zeros_like(states) if learns else None
         grads = [torch.zeros_like(parameter) for parameter in parameters]
         for first in range(0, len(states), size):
-            some = states[first : first + size].detach().requires_grad_(learns)
-            wanted = [some, *parameters] if learns else [*parameters]
+            chunk = states[first : first + size].detach().requires_grad_(learns)
+            wanted = [chunk, *parameters] if learns else [*parameters]
             with torch.enable_grad():
-                loss = summed(some, first)
-            found = list(torch.autograd.grad(loss, wanted, materialize_grads=True))
+                loss = summed(chunk, first)
+            gradients = list(torch.autograd.grad(loss, wanted, materialize_grads=True))
             if states_grad is not None:
-                states_grad[first : first + size] = found.pop(0)
-            for grad, part in zip(grads, found, strict=True):
+                states_grad[first : first + size] = gradients.pop(0)
+            for grad, part in zip(grads, gradients, strict=True):
                 grad += part
             total += loss.detach()
         ctx.save_for_backward(states_grad, *grads)
@@ -85,8 +85,8 @@ def chunked_cross_entropy(
     states, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(hidden.device)
     size = max(LOGITS_AT_ONCE // vocab_size, 1)
 
-    def summed(some: torch.Tensor, first: int) -> torch.Tensor:
-        return token_loss(logits_of(some).float(), targets[first : first + size], first)
+    def summed(chunk: torch.Tensor, first: int) -> torch.Tensor:
+        return token_loss(logits_of(chunk).float(), targets[first : first + size], first)
 
     learned = [parameter for parameter in parameters if parameter.requires_grad]
     if torch.is_grad_enabled() and (states.requires_grad or learned):

@@ -2,6 +2,8 @@
 
 import torch
 
+from .configuration import RecurrentDepthConfig
+
 _MASK_32 = 0xFFFFFFFF
 
 
@@ -37,3 +39,28 @@ def position_noise(seed: int, position_ids: torch.Tensor, width: int) -> torch.T
 def fresh_noise(like: torch.Tensor) -> torch.Tensor:
     """Normal noise cut at ±3 from torch's own generator, in fp32, for training."""
     return torch.nn.init.trunc_normal_(torch.empty_like(like, dtype=torch.float32), a=-3.0, b=3.0)
+
+
+def initial_state(
+    config: RecurrentDepthConfig, embedded: torch.Tensor, position_ids: torch.Tensor, seed: int | None, fresh: bool
+) -> torch.Tensor:
+    """s_0 for e `[B, T, D]`, of the same shape and dtype.
+
+    Args:
+        position_ids: `[B or 1, T]`.
+        seed: of a noise state; the config's by default.
+        fresh: draw noise anew, for training.
+    """
+    if config.initial_state_mode == "embed":
+        return embedded
+    if config.initial_state_mode == "zeros":
+        return torch.zeros_like(embedded)
+    assert config.init_values is not None
+    std = config.state_std if config.state_std is not None else config.init_values["std"]
+    scale = config.state_scale if config.state_scale is not None else config.embed_scale
+    if fresh:
+        noise = fresh_noise(embedded)
+    else:
+        chosen = seed if seed is not None else config.state_seed
+        noise = position_noise(chosen, position_ids, config.n_embd).expand_as(embedded)
+    return (noise * (std * scale)).to(embedded.dtype)

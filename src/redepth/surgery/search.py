@@ -9,14 +9,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from redepth.checkpoint.sources import Source
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthConfig
+from redepth.modeling.configuration import GROUP_MODULES
 from redepth.modeling.loss import chunked_cross_entropy
 
 from .convert import Conversion, plan_conversion
 from .plan import Plan
-from .sources import Source
-from .weights import ADAPTER, GROUP_MODULES, adapter_weight, parse_adapter
+from .weights import ADAPTER, adapter_weight, parse_adapter
 
 DEPTHS = (1, 2, 4, 8)
 ADAPTERS = ("inject", "blend:0.125", "blend:0.25", "blend:0.5")
@@ -147,17 +148,16 @@ class _Bench:
 
     def source_states(self, ids: torch.Tensor) -> list[torch.Tensor]:
         """The residual stream before each source layer, and after the last: `[B, T, D]` each."""
-        model = self.model
-        states = [model._embed(ids, None)]
-        context = model._context(states[0], None, None, None)
-        model._run(nn.ModuleList(self.layers), states[0], context, record=states)
+        stack = self.model.transformer
+        states = [stack.embed(ids)]
+        stack.run_layers(nn.ModuleList(self.layers), states[0], stack.context(states[0]), record=states)
         return states
 
     def loss(self, state: torch.Tensor, ids: torch.Tensor) -> float:
         """Summed next-token loss, in nats, of a state that enters the coda."""
         model = self.model
-        _, hidden = model._coda(state, model._context(state, None, None, None))
-        return chunked_cross_entropy(hidden, ids, model._logits, model.config.vocab_size, num_items=1).item()
+        _, hidden = model.transformer.run_coda(state, model.transformer.context(state))
+        return chunked_cross_entropy(hidden, ids, model.logits, model.config.vocab_size, num_items=1).item()
 
     def run(
         self,

@@ -31,6 +31,7 @@ class Variables(ArrayTask):
 
     def check(self) -> None:
         super().check()
+        letters(self.lines)
         longest = max(self.depth[1], self.harder[1])
         if self.lines < longest + 1:
             raise RedepthError(
