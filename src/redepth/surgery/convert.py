@@ -31,7 +31,7 @@ from .weights import (
 DEFAULT_ADAPTER = "blend:0.125"
 DEFAULT_STATE = "embed"
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-STATES = ("embed", "noise", "zeros")
+STATES = ("embed", "noise", "zeros", "skip-adapter")
 
 
 def recurrent_config(source: Source, family: Family, plan: Plan, **changes: Any) -> RecurrentDepthConfig:
@@ -132,6 +132,8 @@ class Conversion:
     def starts_equal(self) -> bool:
         """Whether a full cover with this start equals its source at r = 1."""
         kind, _ = parse_adapter(self.adapter)
+        if self.config.initial_state_mode == "skip-adapter":
+            return True
         return kind == "inject" or (kind == "blend" and self.config.initial_state_mode == "embed")
 
     @property
@@ -300,7 +302,8 @@ def convert(
         prelude, core, coda: source layers as Python slices, such as `"0:10"`. Without them every layer is kept and
             the middle fifth is the core; with a core alone, what is before and after it.
         adapter: how e and the state start out mixed: `inject` [0 | I], `blend:α` [αI | (1−α)I], or `random`.
-        state: s_0: `embed` (the prelude's output), `noise` or `zeros`.
+        state: s_0: `embed` (the prelude's output), `noise`, `zeros`, or `skip-adapter`, which is `embed` with a first step
+            that leaves the adapter out: it equals its source at r = 1 whatever the adapter.
         dtype: `float32`, `bfloat16` or `float16`; the source's own by default (fp32 for GGUF).
         tie: tie the head to the embedding or not; as in the source by default.
         seed: of a random adapter.
