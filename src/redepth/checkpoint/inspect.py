@@ -67,6 +67,8 @@ def inspect(
     Raises:
         RedepthError: where there is no such checkpoint.
     """
+    for depth in depths:
+        split_num_steps(depth)  # which refuses what is no number of steps
     config, kind = read_config(checkpoint)
     rule = cache_rule if cache_rule is not None else config.cache_rule
     folder = Path(checkpoint)

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +16,14 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print neither progre
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Checkpoint = Annotated[str, typer.Argument(metavar="OUT", help="Folder or hub id of a recurrent checkpoint.")]
 Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")]
+Device = Annotated[str, typer.Option(help="Where to run: auto (a GPU where there is one), cpu, cuda, cuda:1, …")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a source on the hub.")]
+FamilyFile = Annotated[
+    Path | None, typer.Option("--family", help="YAML file for an architecture that redepth has no family for.")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let modelling code that comes with the source run.")
+]
 
 SECONDS_BETWEEN_LINES = 30.0
 
