@@ -8,6 +8,7 @@ import torch
 from redepth.modeling import RecurrentDepthConfig
 from redepth.modeling.cache_rules import parse_cache_rule
 from redepth.modeling.configuration import LRU_LAYER
+from redepth.modeling.policy import split_num_steps
 
 from .cost import count_parameters
 from .folder import HEALING_FILE, read_json, read_recipe
