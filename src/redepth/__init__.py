@@ -13,6 +13,8 @@ from .errors import RedepthError
 from .registration import register_with_transformers
 
 if TYPE_CHECKING:
+    from .analysis.patch import patch
+    from .analysis.record import record
     from .api import calibrate, convert, create, evaluate, heal, inspect, load, plan, retrofit, verify
     from .griffin import RecurrentGemmaCache, RecurrentGemmaConfig, RecurrentGemmaForCausalLM, RecurrentGemmaModel
     from .healing.recipe import HealRecipe
@@ -32,6 +34,8 @@ _MODULES = {
         ("DepthPolicy", "RecurrentDepthCache", "RecurrentDepthConfig", "RecurrentDepthForCausalLM"), "modeling"
     ),
     "HealRecipe": "healing.recipe",
+    "patch": "analysis.patch",
+    "record": "analysis.record",
 }
 
 __all__ = [
@@ -53,7 +57,9 @@ __all__ = [
     "heal",
     "inspect",
     "load",
+    "patch",
     "plan",
+    "record",
     "retrofit",
     "verify",
 ]

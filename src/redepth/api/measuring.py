@@ -104,6 +104,7 @@ def evaluate(
     seed: int = 0,
     dtype: str = "auto",
     device: "str | torch.device" = "auto",
+    out: str | Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> "list[TaskAccuracy]":
     """Measure accuracy on tasks by difficulty and number of steps.
@@ -113,21 +114,39 @@ def evaluate(
         criterion, exit_threshold: also run adaptive exit under this test.
         limit: problems of each split.
         seed: of the problems.
+        out: folder for `tasks.json` and a heat map of each task.
         on_progress: called with (task, share done).
 
     Raises:
         RedepthError: for a task or a number that does not fit.
     """
     from redepth.evaluation.tasks import evaluate_task
+    from redepth.runtime import choose_device, require
 
+    if out is not None:
+        require("matplotlib", "plots")
+    where = str(choose_device(device))
     chosen: Sequence[str | None] = list(tasks) if tasks else [None]
-    return [
+    found = [
         evaluate_task(
-            checkpoint, spec, num_steps, criterion, exit_threshold, limit, seed, dtype, str(device),
+            checkpoint,
+            spec,
+            num_steps,
+            criterion,
+            exit_threshold,
+            limit,
+            seed,
+            dtype,
+            where,
             shares(on_progress, spec or "evaluate"),
         )
         for spec in chosen
-    ]  # fmt: skip
+    ]
+    if out is not None:
+        from redepth.evaluation.plots import write_evaluations
+
+        write_evaluations(found, Path(out))
+    return found
 
 
 def inspect(

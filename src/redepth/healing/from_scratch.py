@@ -75,7 +75,7 @@ class TrainingRecord:
 
 
 def task_config(
-    task: ArrayTask, width: int = 64, layers: tuple[int, int, int] = (1, 1, 1), num_steps: int = 8
+    task: ArrayTask, width: int = 64, layers: tuple[int, int, int] = (1, 1, 1), num_steps: int = 8, tie: bool = True
 ) -> RecurrentDepthConfig:
     """A small recurrent model for a task's compact ids; `layers` are those of prelude, core and coda."""
     return RecurrentDepthConfig(
@@ -92,7 +92,7 @@ def task_config(
         qk_bias=False,
         rope_base=10_000.0,
         initial_state_mode="embed",
-        tie_embeddings=False,
+        tie_embeddings=tie,
         mean_recurrence=num_steps,
         eos_token_id=task.end_id,
     )

@@ -11,6 +11,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from .cache import RecurrentDepthCache
 from .configuration import LRU_LAYER, RecurrentDepthConfig
+from .errors import UserError
 from .lru_slots import ReadingOrder, reading_order
 from .rotary import rotations
 from .tokens import TokenSubset
@@ -32,6 +33,7 @@ class PassContext:
         subset: the tokens of this call, where they are not all of the pass.
         steps_run: `[B, T]`, under a criterion: the steps that the tokens have run so far.
         reading: how recurrent layers read the columns of the pass; None where there are none.
+        watchers: see `RecurrentStack.watchers`.
         continued: whether the first step starts from a state that was carried over, in place of s_0.
     """
 
@@ -43,6 +45,7 @@ class PassContext:
     steps_run: torch.Tensor | None = None
     reading: ReadingOrder | None = None
     continued: bool = False
+    watchers: tuple[Any, ...] = ()
     # Copies on other devices, so that a model spread over several moves each context there once.
     _elsewhere: dict[torch.device, "PassContext"] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -55,7 +58,7 @@ class PassContext:
         if device == self.position_ids.device:
             return self
         if device not in self._elsewhere:
-            kept = {"cache": self.cache}
+            kept: dict[str, Any] = {"cache": self.cache, "watchers": self.watchers}
             moved = {
                 part.name: _moved(getattr(self, part.name), device, non_blocking)
                 for part in fields(self)
@@ -63,6 +66,16 @@ class PassContext:
             }
             self._elsewhere[device] = PassContext(**kept, **moved)
         return self._elsewhere[device]
+
+    def watched(self, part: str, layer: int | None, step: int, value: torch.Tensor) -> torch.Tensor:
+        """What goes on in the place of a part's value: the same, unless a watcher puts another there."""
+        for watcher in self.watchers:
+            value = watcher(part, layer, step, value, self)
+        return value
+
+    def wants(self, part: str, layer: int | None, step: int) -> bool:
+        """Whether a watcher asks for a part that is not worked out otherwise."""
+        return any(watcher.wants(part, layer, step) for watcher in self.watchers)
 
     def gather(self, subset: TokenSubset) -> "PassContext":
         """The context of some tokens of a pass; masks must be written out, `[B or 1, 1, T, S]`."""
@@ -115,13 +128,13 @@ def check_cache(config: RecurrentDepthConfig, cache: Any) -> None:
             "leave it out to get one"
         )
     if cache is not None and (cache.lru is not None) != config.has_lru:
-        raise ValueError("past_key_values was made for a model with other layers; leave it out to get a fitting one")
+        raise UserError("past_key_values was made for a model with other layers; leave it out to get a fitting one")
 
 
 def check_length(config: RecurrentDepthConfig, tokens: int) -> None:
     """Raises ValueError where a row has more tokens than the model allows."""
     if tokens > config.block_size:
-        raise ValueError(
+        raise UserError(
             f"{tokens} tokens are more than the {config.block_size} this model allows; shorten the prompt or "
             "generate fewer tokens"
         )
@@ -153,12 +166,12 @@ def pass_context(
     check_length(config, total)
     if attention_mask is not None and attention_mask.ndim == 2:
         if attention_mask.shape != (batch, total):
-            raise ValueError(
+            raise UserError(
                 f"attention_mask has shape {list(attention_mask.shape)}, but {past} stored and {tokens} new tokens "
                 f"in {batch} rows need [{batch}, {total}]"
             )
     elif attention_mask is not None and (attention_mask.ndim != 4 or config.layer_types is not None):
-        raise ValueError(
+        raise UserError(
             f"attention_mask has shape {list(attention_mask.shape)}; give [batch, tokens], or [batch, 1, new, all] "
             "to a model without sliding windows"
         )
