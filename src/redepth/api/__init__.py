@@ -3,11 +3,20 @@
 Importing this package is cheap; what a verb needs is imported when it is called.
 """
 
+from redepth.checkpoint.folder import DEFAULT_SHARD_SIZE
+from redepth.surgery.plan import DEFAULT_ADAPTER, DEFAULT_STATE, GROUPS
+from redepth.surgery.presets import PRESETS
+
 from .making import Converted, Created, convert, create, plan
 from .measuring import calibrate, evaluate, inspect, load, load_tokenizer, read_config, verify
 from .training import heal, plan_healing, retrofit
 
 __all__ = [
+    "DEFAULT_ADAPTER",
+    "DEFAULT_SHARD_SIZE",
+    "DEFAULT_STATE",
+    "GROUPS",
+    "PRESETS",
     "Converted",
     "Created",
     "calibrate",

@@ -7,9 +7,7 @@ import typer
 from rich.table import Table
 
 from redepth import api
-from redepth.checkpoint.folder import DEFAULT_SHARD_SIZE
 from redepth.errors import RedepthError
-from redepth.surgery.plan import DEFAULT_ADAPTER, DEFAULT_STATE
 
 from .console import (
     AsJson,
@@ -73,8 +71,10 @@ def command(
     prelude: Annotated[str | None, typer.Option(help="Source layers before the core, such as 0:4 or 0:2,3:5.")] = None,
     core: Annotated[str | None, typer.Option(help="Source layers to loop; the middle fifth by default.")] = None,
     coda: Annotated[str | None, typer.Option(help="Source layers after the core.")] = None,
-    adapter: Annotated[str, typer.Option(help="How the adapter starts: inject, blend:α or random.")] = DEFAULT_ADAPTER,
-    state: Annotated[str, typer.Option(help="Initial state: embed, noise or zeros.")] = DEFAULT_STATE,
+    adapter: Annotated[
+        str, typer.Option(help="How the adapter starts: inject, blend:α or random.")
+    ] = api.DEFAULT_ADAPTER,
+    state: Annotated[str, typer.Option(help="Initial state: embed, noise or zeros.")] = api.DEFAULT_STATE,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the source's by default.")] = None,
     tie: Annotated[
         bool | None, typer.Option("--tie/--untie", help="Tie head and embedding; as in the source by default.")
@@ -86,7 +86,7 @@ def command(
     family: FamilyFile = None,
     trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
-    max_shard_size: Annotated[str, typer.Option(help="Maximum size of a weights file.")] = DEFAULT_SHARD_SIZE,
+    max_shard_size: Annotated[str, typer.Option(help="Maximum size of a weights file.")] = api.DEFAULT_SHARD_SIZE,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and its price; write nothing.")] = False,
     keep_architecture: Annotated[
         bool, typer.Option("--keep-architecture", help="No surgery: write the source itself in transformers' format.")

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 import typer
 from rich.table import Table
 
-from redepth import api
-from redepth.healing.recipe import HealRecipe
+from redepth import HealRecipe, api
 
 from .console import AsJson, Quiet, hush_libraries, loss_table, print_json, progress_bar, remarks, results
 

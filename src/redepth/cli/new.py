@@ -8,14 +8,13 @@ from rich.table import Table
 
 from redepth import api
 from redepth.errors import RedepthError
-from redepth.surgery.presets import PRESETS
 
 from .console import AsJson, Quiet, hush_libraries, print_json, results
 
 
 def command(
     out: Annotated[Path | None, typer.Argument(metavar="OUT", help="Folder to write.")] = None,
-    preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = "nano",
+    preset: Annotated[str, typer.Option(help=f"One of {', '.join(api.PRESETS)}.")] = "nano",
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or hub id to take a tokenizer from; sets the vocabulary.")
     ] = None,
