@@ -1,7 +1,10 @@
 """What the commands share: options, progress, and results for people or machines."""
 
 import json
+import os
+import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,16 +35,23 @@ results = Console()
 
 
 def hush_libraries() -> None:
-    """Keep other libraries' bars and warnings out of redepth's output."""
-    import warnings
-
-    from datasets.utils.logging import disable_progress_bar as disable_datasets_bar
-    from transformers.utils import logging
-
+    """Keep other libraries' bars and warnings out of redepth's output; what is not imported yet stays so."""
     warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    disable_datasets_bar()
+    os.environ |= {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    }
+    # Those that are imported have read their environment already.
+    if "transformers.utils.logging" in sys.modules:
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    if "datasets" in sys.modules:
+        from datasets.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
 
 
 def print_json(content: Any) -> None:
