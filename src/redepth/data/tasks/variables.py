@@ -61,6 +61,8 @@ class Variables(ArrayTask):
         lines = self.lines
         name = rng.random((count, lines)).argsort(1)
         constant = rng.integers(0, self.modulus, (count, lines))
+        # No step before the last leaves a result as it was, so a result that stays is a right one.
+        added = rng.integers(1, self.modulus, (count, lines))
         eagerness, fresh = rng.random((count, 1)) * 2, rng.random((count, lines)) < 0.15
         source, distance = np.full((count, lines), -1), np.zeros((count, lines), dtype=int)
         for line in range(1, lines):
@@ -68,6 +70,7 @@ class Variables(ArrayTask):
             source[:, line] = np.where(fresh[:, line], -1, chosen)
             onwards = np.take_along_axis(distance, chosen[:, None], 1)[:, 0] + 1
             distance[:, line] = np.where(source[:, line] < 0, 0, onwards)
+        constant = np.where(source < 0, constant, added)
         asked = ask_lines(rng, distance, least, most, questions)
         arrays = {"name": name, "constant": constant, "source": source, "asked": asked}
         content = np.concatenate([name, constant, source + 1], 1)
