@@ -6,7 +6,7 @@ import sys
 import typer
 from safetensors import SafetensorError
 
-from redepth.cli import calibrate, chat, convert, generate, heal, inspect, new, plan, retrofit, verify
+from redepth.cli import analyze, calibrate, chat, convert, generate, heal, inspect, new, plan, retrofit, verify
 from redepth.errors import RedepthError
 
 app = typer.Typer(
@@ -17,7 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for module in (plan, convert, verify, inspect, heal, calibrate, retrofit, generate, chat, new):
+for module in (plan, convert, verify, inspect, heal, calibrate, analyze, retrofit, generate, chat, new):
     app.command(module.__name__.rpartition(".")[2])(module.command)
 
 
