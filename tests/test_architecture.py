@@ -50,3 +50,9 @@ def test_nothing_imports_the_command_line() -> None:
 def test_surgery_does_not_know_healing() -> None:
     for file in (PACKAGE / "surgery").glob("*.py"):
         assert not any(module.startswith("redepth.healing") for module, _ in imports_of(file)), file
+
+
+def test_text_does_not_know_healing() -> None:
+    """Nor does `redepth plan`, which would import Trainer with it."""
+    for file in [*(PACKAGE / "data").rglob("*.py"), PACKAGE / "runtime.py", PACKAGE / "cli" / "plan.py"]:
+        assert not any("healing" in module for module, _ in imports_of(file)), file

@@ -13,8 +13,10 @@ from transformers import PreTrainedTokenizerFast
 
 import redepth
 from redepth.checkpoint.folder import read_recipe
+from redepth.data.mixture import training_and_held_out
 from redepth.data.python_docs import python_docs
-from redepth.data.rows import Place, encode, open_text, rows_of, training_and_held_out
+from redepth.data.rows import Place, encode, rows_of
+from redepth.data.text import open_text
 from redepth.errors import RedepthError
 from redepth.evaluation.loss import loss_by_depth
 from redepth.healing.curriculum import depth_of_step, learning_rate_factor, mean_recurrence

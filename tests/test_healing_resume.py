@@ -156,28 +156,28 @@ def test_killed_run_follows_the_unbroken_one(unbroken: Path, checkpoint: Path) -
 
 
 def test_killed_while_the_healed_model_is_put_in_place(unbroken: Path, checkpoint: Path) -> None:
-    """Between the two renames there is no folder; the next call finds what was put aside, and finishes."""
+    """Some files are new and some old; the next call finishes what was begun."""
     recipe = read_heal_recipe(unbroken / "recipe.json")
     rename, done = os.replace, []
 
     def killed(old: Path, new: Path) -> None:
         rename(old, new)
-        if Path(old) == checkpoint:
+        if Path(new) == checkpoint / "healing.json":
             done.append(new)
             raise _Stop
 
+    (checkpoint / "notes").mkdir()
+    (checkpoint / "notes" / "mine.txt").write_text("mine")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("redepth.checkpoint.folder.os.replace", killed)
-        patch.setattr("redepth.checkpoint.folder.shutil.rmtree", lambda *args, **kwargs: None)
         with pytest.raises(_Stop):
             heal(checkpoint, recipe)
-    assert done and not checkpoint.exists()
-    kept = checkpoint.parent / f".{checkpoint.name}.notes"
-    kept.mkdir()
-    heal(checkpoint, recipe)
+    assert done
+    assert redepth.load(checkpoint).config.mean_recurrence == round(recipe.mean_recurrence)
     assert_same_curve(checkpoint, unbroken / "out")
     assert f'from_pretrained("{checkpoint.name}"' in (checkpoint / "README.md").read_text()
-    assert [folder for folder in checkpoint.parent.iterdir() if folder.name.startswith(".")] == [kept]
+    assert (checkpoint / "notes" / "mine.txt").read_text() == "mine"
+    assert [folder.name for folder in checkpoint.parent.iterdir()] == [checkpoint.name]
 
 
 def test_sigterm_saves_and_the_same_call_goes_on(

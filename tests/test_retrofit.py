@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 import redepth
+from redepth.checkpoint.sources import BUILT_INS, open_source
 from redepth.errors import RedepthError
 from redepth.evaluation.held_out import next_token_loss
 from redepth.healing.recipe import read_heal_recipe
 from redepth.healing.retrofit import read_retrofit_recipe, retrofit
 from redepth.surgery.plan import make_plan
-from redepth.surgery.sources import BUILT_INS, open_source
 from redepth.surgery.weights import parse_adapter
 from tests.test_healing import SHORT, byte_tokenizer
 from tests.test_healing_data import write_letters

@@ -21,9 +21,9 @@ def command(
     ] = "python-docs",
     text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
     most_steps: Annotated[
-        int | None, typer.Option(help="The deepest r; twice the trained depth by default, at least 16.")
+        int | None, typer.Option(help="Deepest r to measure; by default twice the trained depth, at least 16.")
     ] = None,
-    rows: Annotated[int, typer.Option(help="Rows of text.")] = 16,
+    rows: Annotated[int, typer.Option(help="Rows of text to measure on.")] = 16,
     sequence_length: Annotated[int, typer.Option(help="Tokens in a row.")] = 256,
     dtype: Dtype = "auto",
     device: Device = "cpu",
@@ -32,8 +32,8 @@ def command(
 ) -> None:
     """Measure what each step of depth buys, and store the depth to use in the checkpoint.
 
-    Writes `depth_profile` into config.json: the default num_steps, the range of sound depths, and the exit thresholds that
-    keep 99 % or 95 % of the deepest step's picks (--exit-threshold 99%).
+    Writes `depth_profile` into config.json: the default num_steps, the range of depths that work, and the exit thresholds
+    that keep 99 % or 95 % of the deepest step's picks (--exit-threshold 99%).
 
     Example: redepth calibrate ./smollm2-recurrent --data python-docs --most-steps 32
     """

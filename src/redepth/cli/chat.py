@@ -11,8 +11,10 @@ HELP = "/steps N changes the depth, /reset forgets the conversation, /quit ends 
 
 def command(
     checkpoint: Checkpoint,
-    num_steps: Annotated[int | None, typer.Option(help="Passes through the core; as trained by default.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens in an answer.")] = 256,
+    num_steps: Annotated[
+        int | None, typer.Option(help="Passes through the core; the checkpoint's default where not given.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens in an answer.")] = 256,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",

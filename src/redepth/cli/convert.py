@@ -9,10 +9,10 @@ from rich.table import Table
 from redepth.checkpoint.republish import republish
 from redepth.checkpoint.rewrite import rewrite
 from redepth.checkpoint.shards import DEFAULT_SHARD_SIZE
+from redepth.checkpoint.sources import Source, open_source
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthConfig
 from redepth.surgery.convert import DEFAULT_ADAPTER, DEFAULT_STATE, Conversion, plan_conversion
-from redepth.surgery.sources import Source, open_source
 
 from .console import AsJson, Quiet, hush_libraries, print_json, progress_bar, remarks, results
 
@@ -88,14 +88,16 @@ def command(
     prelude: Annotated[str | None, typer.Option(help="Source layers before the core, such as 0:4 or 0:2,3:5.")] = None,
     core: Annotated[str | None, typer.Option(help="Source layers to loop; the middle fifth by default.")] = None,
     coda: Annotated[str | None, typer.Option(help="Source layers after the core.")] = None,
-    adapter: Annotated[str, typer.Option(help="inject, blend:α or random.")] = DEFAULT_ADAPTER,
+    adapter: Annotated[str, typer.Option(help="How the adapter starts: inject, blend:α or random.")] = DEFAULT_ADAPTER,
     state: Annotated[str, typer.Option(help="Initial state: embed, noise or zeros.")] = DEFAULT_STATE,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the source's by default.")] = None,
-    tie: Annotated[bool | None, typer.Option("--tie/--untie", help="Tie head and embedding; as the source.")] = None,
+    tie: Annotated[
+        bool | None, typer.Option("--tie/--untie", help="Tie head and embedding; as in the source by default.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of a random adapter.")] = 0,
     verify: Annotated[bool, typer.Option(help="Compare with the source when done.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
-    max_shard_size: Annotated[str, typer.Option(help="Largest weights file.")] = DEFAULT_SHARD_SIZE,
+    max_shard_size: Annotated[str, typer.Option(help="Maximum size of a weights file.")] = DEFAULT_SHARD_SIZE,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and its price; write nothing.")] = False,
     keep_architecture: Annotated[
         bool, typer.Option("--keep-architecture", help="No surgery: write the source itself in transformers' format.")
@@ -103,7 +105,7 @@ def command(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Turn a pretrained decoder into a depth-recurrent one, without training; a recurrent one is re-saved.
+    """Turn a pretrained decoder into a depth-recurrent one, without training, or re-save a recurrent one.
 
     Example: redepth convert smollm2-135m ./smollm2-recurrent --core 12:18
     """

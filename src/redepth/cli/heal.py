@@ -77,7 +77,7 @@ def with_recipe_flags(command: Any) -> Any:
         kind = _flag_type(field.annotation)
         if kind is not None:
             shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-            default = "" if shown is None else f" [dim]\\[{shown}][/]"
+            default = "" if shown is None else f" \\[default: {shown}]"
             flag = f"--{name.replace('_', '-')}"
             names = (f"{flag}/--no-{flag.removeprefix('--')}",) if kind is bool else (flag,)
             option = typer.Option(*names, help=f"{field.description}{default}", rich_help_panel="Recipe")
@@ -95,15 +95,14 @@ def command(
     checkpoint: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a recurrent checkpoint.")],
     recipe: Annotated[Path | None, typer.Option(help="YAML file with a section 'heal'.")] = None,
     to: Annotated[Path | None, typer.Option(help="Write the healed model here instead of in place.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the run will be, and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Describe the run, and stop before it trains.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     **changes: Any,
 ) -> None:
     """Train a recurrent model so that it makes use of its depth.
 
-    Flags go over the recipe; docs/healing.md has the rules. An interrupted run goes on when the same command is given
-    again.
+    Flags override the recipe; docs/healing.md explains both. To resume an interrupted run, run the same command again.
 
     Example: redepth heal ./smollm2-recurrent --data python-docs --recipe recipes/demo.yaml
     """

@@ -11,10 +11,10 @@ from .console import AsJson, Checkpoint, hush_libraries, print_json, results
 def command(
     checkpoint: Checkpoint,
     num_steps: Annotated[
-        list[int] | None, typer.Option(help="Depths to give the cache's bytes for; several times for several.")
+        list[int] | None, typer.Option(help="Depth to give the size of the cache for; repeat the flag for several.")
     ] = None,
     cache_rule: Annotated[
-        str | None, typer.Option(help="Rule to give them under, such as latest+ring-4; the checkpoint's by default.")
+        str | None, typer.Option(help="Cache rule to give it for, such as latest+ring-4; the checkpoint's by default.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -23,7 +23,7 @@ def command(
     Example: redepth inspect ./smollm2-recurrent --num-steps 8
     """
     hush_libraries()
-    from redepth.analysis.inspect import inspect
+    from redepth.checkpoint.inspect import inspect
     from redepth.modeling.cache_rules import parse_cache_rule
     from redepth.modeling.policy import split_num_steps
 

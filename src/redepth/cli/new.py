@@ -18,9 +18,9 @@ def command(
         str | None, typer.Option(help="Folder or hub id to take a tokenizer from; sets the vocabulary.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count parameters; make no weights.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count the parameters; make no weights.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -29,7 +29,7 @@ def command(
     Example: redepth new ./fresh --preset 100m
     """
     hush_libraries()
-    from redepth.analysis.cost import count_parameters
+    from redepth.checkpoint.cost import count_parameters
     from redepth.checkpoint.load import load_tokenizer
     from redepth.errors import RedepthError
     from redepth.runtime import parse_dtype

@@ -46,31 +46,41 @@ def command(
         str, typer.Option(help="python-docs, a .txt, .jsonl or .parquet file, or a datasets id.")
     ] = "python-docs",
     text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
-    core_layers: Annotated[int | None, typer.Option(help="Layers to loop; a fifth of the source's by default.")] = None,
-    drop_layers: Annotated[
-        int | None, typer.Option(help="Layers left out in the second table, 0 for none; an eighth by default.")
+    core_layers: Annotated[
+        int | None, typer.Option(help="Number of layers to loop; a fifth of the source's by default.")
     ] = None,
-    adapter: Annotated[list[str] | None, typer.Option(help="Start to try, inject or blend:α; several allowed.")] = None,
+    drop_layers: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of layers that the plans of the second table drop, 0 for none; an eighth by default."
+        ),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="Adapter start to try, inject or blend:α; repeat the flag for several.")
+    ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows of text to measure on.")] = 16,
     sequence_length: Annotated[int, typer.Option(min=8, help="Tokens in a row.")] = 256,
-    tolerance: Annotated[float | None, typer.Option(min=0, help="Nats within which losses count as equal.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0, help="Losses within this many nats of the lowest count as equal.")
+    ] = None,
     precision: Annotated[str, typer.Option(help="auto, bf16 or fp32.")] = "auto",
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Propose a plan: layers measured, candidates tried on text without training.
+    """Propose a plan: measure the layers and try candidates on text, without training.
 
     Example: redepth plan smollm2-135m --data python-docs --core-layers 6
     """
     hush_libraries()
     import torch
 
-    from redepth.data.rows import held_out_rows, open_text
+    from redepth.checkpoint.sources import open_source
+    from redepth.data.rows import held_out_rows
+    from redepth.data.text import open_text
     from redepth.errors import RedepthError
-    from redepth.runtime import keep_freed_memory, processor_has_bf16
+    from redepth.runtime import has_bf16, keep_freed_memory
     from redepth.surgery.plan import default_plan
     from redepth.surgery.search import ADAPTERS, TOLERANCE, check_search, search_plans
-    from redepth.surgery.sources import open_source
 
     if precision not in ("auto", "bf16", "fp32"):
         raise RedepthError(f"--precision {precision!r} is unknown; use auto, bf16 or fp32")
@@ -86,7 +96,7 @@ def command(
         raise RedepthError(f"source {source!r} has no tokenizer, so it can't be measured on text")
     stream = open_text(data, text_column)
     text, _ = held_out_rows(stream, opened.tokenizer, sequence_length, rows)
-    bf16 = precision == "bf16" or (precision == "auto" and processor_has_bf16())
+    bf16 = precision == "bf16" or (precision == "auto" and has_bf16())
     keep_freed_memory()
     with progress_bar(quiet) as update:
         search = search_plans(

@@ -20,7 +20,7 @@ def command(
 ) -> None:
     """Convert, verify, heal, calibrate and evaluate by one recipe.
 
-    Parts that are done are not done again, and an interrupted healing goes on. Flags go over the section heal.
+    Finished parts are not repeated, and an interrupted healing run resumes. Flags override the section heal.
 
     Example: redepth retrofit recipes/smollm2-135m-2core.yaml ./smollm2-retrofit
     """

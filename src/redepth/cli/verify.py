@@ -31,7 +31,9 @@ def show(verification: "Verification") -> None:
 
 def command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder made by redepth convert.")],
-    against: Annotated[str | None, typer.Option(help="The source; the one that OUT names by default.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Source to compare with; by default the one that OUT names.")
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:

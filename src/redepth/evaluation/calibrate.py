@@ -1,6 +1,5 @@
 """Choosing r: what each step of depth buys, measured once and kept in the checkpoint."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from redepth.checkpoint.card import write_card
-from redepth.checkpoint.folder import write_json
+from redepth.checkpoint.folder import CONFIG_FILE, CheckpointFolder, read_json, write_json
 from redepth.checkpoint.load import load
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthForCausalLM
@@ -213,7 +212,7 @@ def calibrate(
     if steps < 2:
         raise RedepthError(f"most_steps must be at least 2, got {steps}; there is nothing to compare")
     profile = depth_profile(measure_depths(model, tokens, steps, on_row), data)
-    file = folder / "config.json"
-    write_json(file, json.loads(file.read_text(encoding="utf-8")) | {"depth_profile": profile})
-    write_card(folder)
+    with CheckpointFolder(folder).updating() as stage:
+        write_json(stage / CONFIG_FILE, (read_json(folder / CONFIG_FILE) or {}) | {"depth_profile": profile})
+        write_card(stage, base=folder)
     return profile

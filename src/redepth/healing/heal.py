@@ -23,15 +23,16 @@ from redepth.checkpoint.folder import (
     write_jsonl,
     write_recipe,
 )
-from redepth.checkpoint.load import load_tokenizer, read_config
-from redepth.data.rows import licenses_of, training_and_held_out
+from redepth.checkpoint.load import load, load_tokenizer, read_config
+from redepth.data.mixture import training_and_held_out
+from redepth.data.survey import count_licenses
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthForCausalLM
-from redepth.runtime import keep_freed_memory, processor_has_bf16
+from redepth.runtime import has_bf16, keep_freed_memory
 
 from .checkpoints import last_whole, sweep
 from .distillation import open_teacher
-from .optim import set_trainable
+from .optim import check_optimizer, set_trainable
 from .preflight import Preflight, preflight
 from .recipe import HealRecipe
 from .trainer import HealTrainer, Progress, training_arguments, use_memory_savers
@@ -83,6 +84,7 @@ class HealingInterrupted(RedepthError):
 @dataclass(frozen=True)
 class _Prepared:
     trainer: HealTrainer
+    sources: list[dict[str, Any]]
     bf16: bool
     dtype: torch.dtype
 
@@ -97,26 +99,28 @@ def _prepare(folder: Path, recipe: HealRecipe, work: Path, on_progress: Callable
         raise RedepthError(
             f"sequence_length {recipe.sequence_length} is more than the {config.block_size} tokens the model allows"
         )
-    if recipe.precision == "bf16" and not processor_has_bf16():
+    if recipe.precision == "bf16" and not has_bf16():
         raise RedepthError("precision bf16 asked for, but this processor has no bf16 matrix products; use auto or fp32")
-    bf16 = recipe.precision != "fp32" and processor_has_bf16()
+    bf16 = recipe.precision != "fp32" and has_bf16()
     arguments = training_arguments(recipe, work, bf16)
     if arguments.n_gpu > 1:
         raise RedepthError(
             f"{arguments.n_gpu} GPUs are visible to one process; use torchrun --nproc-per-node {arguments.n_gpu} -m "
             "redepth heal …, or set CUDA_VISIBLE_DEVICES to one"
         )
+    sources = _sources(recipe)
     rows, held_out = training_and_held_out(tokenizer, recipe)
 
     if not torch.cuda.is_available():
         keep_freed_memory()
-    model = RecurrentDepthForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = load(folder, torch.float32)
     use_memory_savers(model, recipe)
     teacher = None
     if recipe.distill:
         teacher = open_teacher(folder, recipe, config.vocab_size, torch.bfloat16 if bf16 else torch.float32)
         teacher.model.to(arguments.device)
     trained = set_trainable(model, recipe)
+    check_optimizer(recipe, arguments, model)
     try:
         trainer = HealTrainer(
             recipe,
@@ -133,7 +137,7 @@ def _prepare(folder: Path, recipe: HealRecipe, work: Path, on_progress: Callable
         if recipe.report_to in ("auto", "none"):
             raise
         raise RedepthError(f"report_to {recipe.report_to!r}: {' '.join(str(error).split())}") from None
-    return _Prepared(trainer, bf16, config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
+    return _Prepared(trainer, sources, bf16, config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
 
 
 def _losses(prepared: _Prepared, part: str) -> dict[int, float]:
@@ -244,7 +248,7 @@ def heal(
     after = _losses(prepared, "loss after")
     healing = Healing(
         data=recipe.data_names,
-        sources=_sources(recipe),
+        sources=prepared.sources,
         tokens=trainer.state.global_step * recipe.batch_size * recipe.sequence_length,
         steps=trainer.state.global_step,
         minutes=trainer.clock.elapsed / 60,
@@ -268,8 +272,18 @@ def _remove_unless_begun(work: Path) -> None:
 
 
 def _sources(recipe: HealRecipe) -> list[dict[str, Any]]:
+    """The record of the training text, all of which is read for it.
+
+    Raises:
+        RedepthError: naming the file and the row that can't be read.
+    """
+    surveyed = {
+        source.data: count_licenses(source.data, source.text_column or recipe.text_column, source.license)
+        for _, sources in recipe.timetable()
+        for source in sources
+    }
     return [
-        {"data": source.data, "weight": source.weight, "until": round(end, 6), "licenses": licenses_of(source)}
+        {"data": source.data, "weight": source.weight, "until": round(end, 6), "licenses": surveyed[source.data]}
         for end, sources in recipe.timetable()
         for source in sources
     ]

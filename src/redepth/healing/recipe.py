@@ -7,22 +7,12 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from redepth.data.mixture import DataSource
 from redepth.errors import RedepthError, first_line
 
 Curve = Literal["constant", "linear", "one-minus-sqrt"]
 Group = Literal["prelude", "core", "coda"]
 Table = TypeVar("Table", bound=BaseModel)
-
-
-class DataSource(BaseModel):
-    """One source of a mixture."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    data: str = Field(description="python-docs, a .txt, .jsonl or .parquet file, or a datasets id")
-    weight: float = Field(1.0, gt=0, description="share of the training rows, relative to the other sources")
-    text_column: str | None = Field(None, description="column that holds the text; the recipe's by default")
-    license: str | None = Field(None, description="its licence, where the data has no column `license`")
 
 
 class Phase(BaseModel):
@@ -41,7 +31,7 @@ class HealRecipe(BaseModel):
 
     data: str | tuple[DataSource, ...] = Field(
         "python-docs",
-        description="python-docs, a .txt, .jsonl or .parquet file, or a datasets id; in YAML also a list of sources",
+        description="python-docs, a .txt, .jsonl, .json or .parquet file, or a datasets id; in YAML also a list of sources",
     )
     phases: tuple[Phase, ...] = Field((), description="stretches of the run with data of their own, instead of data")
     text_column: str = Field("text", description="column of jsonl, parquet and hub data that holds the text")

@@ -20,7 +20,8 @@ from redepth.checkpoint.folder import (
     write_json,
 )
 from redepth.checkpoint.load import load_tokenizer, read_config
-from redepth.data.rows import PYTHON_DOCS, training_and_held_out
+from redepth.data.mixture import training_and_held_out
+from redepth.data.text import PYTHON_DOCS
 from redepth.errors import RedepthError
 from redepth.evaluation.calibrate import calibrate
 from redepth.evaluation.held_out import Evaluation, evaluate_held_out
@@ -51,6 +52,8 @@ class ConvertRecipe(BaseModel):
     dtype: str | None = None
     tie: bool | None = None
     seed: int = 0
+    revision: str | None = None
+    family: str | None = None
 
 
 class EvaluateRecipe(BaseModel):
@@ -156,6 +159,7 @@ def _calibrate(recipe: RetrofitRecipe, folder: Path, tell: Callable[[Progress], 
         held_out[: recipe.calibrate.rows],
         name,
         recipe.calibrate.most_steps,
+        device="auto",
         on_row=lambda number, total: tell(Progress("calibrate", number / total)),
     )
 

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from transformers.configuration_utils import PreTrainedConfig
 
+from .errors import UserError
+
 # The published names among them mean the same.
 STATE_MODES = {"noise": "noise", "like-init": "noise", "zeros": "zeros", "zero": "zeros", "embed": "embed"}
 # The three groups of layers, and the modules of the stack that hold them.
@@ -132,7 +134,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
         if published_state is not None and self.initial_state_mode == "noise":
             self.initial_state_mode = published_state
         if self.initial_state_mode not in STATE_MODES:
-            raise ValueError(
+            raise UserError(
                 f"initial_state_mode is {self.initial_state_mode!r}; redepth knows {', '.join(STATE_MODES)}"
             )
         self.initial_state_mode = STATE_MODES[self.initial_state_mode]
@@ -149,6 +151,14 @@ class RecurrentDepthConfig(PreTrainedConfig):
         self.init_values = published_start | (self.init_values or {})
         super().__post_init__(**kwargs)
         self.validate_architecture()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, with the longest text under transformers' own name as well.
+
+        Where this class is not known, as for a tokenizer, the file is read as a plain configuration, and that one looks
+        for the name to check a rope that was stretched.
+        """
+        return super().to_dict() | {"max_position_embeddings": self.block_size}
 
     @property
     def embed_scale(self) -> float:
@@ -179,22 +189,22 @@ class RecurrentDepthConfig(PreTrainedConfig):
     def validate_architecture(self) -> None:
         """Raise ValueError for a config that no model can have; transformers calls it again before it saves."""
         if self.n_layers_in_recurrent_block < 1:
-            raise ValueError(
+            raise UserError(
                 f"n_layers_in_recurrent_block is {self.n_layers_in_recurrent_block}, but the core needs at least 1 layer"
             )
         if self.num_key_value_heads and self.n_heads % self.num_key_value_heads:
-            raise ValueError(
+            raise UserError(
                 f"n_heads ({self.n_heads}) is not a multiple of num_key_value_heads ({self.num_key_value_heads})"
             )
         if self.head_dim and self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim}, but rotary positions need an even number")
+            raise UserError(f"head_dim is {self.head_dim}, but rotary positions need an even number")
         for name in ("layer_types", "rope_layers"):
             values = getattr(self, name)
             if values is not None and len(values) != self.n_layers:
-                raise ValueError(f"{name} has {len(values)} entries, but the model has {self.n_layers} unique layers")
+                raise UserError(f"{name} has {len(values)} entries, but the model has {self.n_layers} unique layers")
         if self.layer_types is not None and "sliding_attention" in self.layer_types and not self.sliding_window:
-            raise ValueError("layer_types names sliding_attention, but sliding_window is not set; set it in tokens")
+            raise UserError("layer_types names sliding_attention, but sliding_window is not set; set it in tokens")
         if self.has_lru and (not self.lru_width or self.lru_width % self.n_heads):
-            raise ValueError(f"lru_width ({self.lru_width}) is not a multiple of n_heads ({self.n_heads})")
+            raise UserError(f"lru_width ({self.lru_width}) is not a multiple of n_heads ({self.n_heads})")
         if self.conv1d_width < 1:
-            raise ValueError(f"conv1d_width is {self.conv1d_width}, but a convolution has at least 1 tap")
+            raise UserError(f"conv1d_width is {self.conv1d_width}, but a convolution has at least 1 tap")

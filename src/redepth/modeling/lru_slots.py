@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .errors import UserError
 from .lru_mixer import Timeline, scan_on
 from .lru_state import LruState, RowChange
 from .tokens import padding_back, padding_first
@@ -59,7 +60,7 @@ def reading_order(
             goes_on = goes_on | ~real[:, 1:] | ~real[:, :-1]
         if not bool(goes_on.all()):
             if cached or mask is not None:
-                raise ValueError(
+                raise UserError(
                     "position_ids start a second document in a row, which a recurrent layer can't honour beside a cache "
                     "or an attention_mask; pass use_cache=False and no mask"
                 )
@@ -167,7 +168,7 @@ class LruSlots:
             ValueError: for tokens that were not recorded: a state can't be taken back.
         """
         if -tokens_to_remove > self.croppable:
-            raise ValueError(
+            raise UserError(
                 f"can't crop {-tokens_to_remove} tokens: the recurrent layers recorded {self.croppable} since the last "
                 "crop or padding; call activate_past_recording() before feeding them"
             )

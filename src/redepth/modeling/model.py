@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput, logging
 
 from .cache import RecurrentDepthCache
 from .configuration import RecurrentDepthConfig
+from .errors import UserError
 from .exits import ExitTest, Measure
 from .generation import RecurrentDepthGeneration
 from .loss import TokenLoss, chunked_cross_entropy, cross_entropy_of_tokens
@@ -276,7 +277,7 @@ def check_arguments(unnamed: dict[str, Any]) -> None:
             raise TypeError(f"forward() got an unknown argument {name!r}; see its documentation")
         logger.warning_once(f"forward() got an unknown argument {name!r}, which is ignored")
     if unnamed.get("output_attentions"):
-        raise ValueError("output_attentions is not supported; a core layer has one attention map for each step")
+        raise UserError("output_attentions is not supported; a core layer has one attention map for each step")
 
 
 # transformers then copies these modules into every folder it saves, so that the folder loads without redepth.

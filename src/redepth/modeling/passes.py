@@ -11,6 +11,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from .cache import RecurrentDepthCache
 from .configuration import LRU_LAYER, RecurrentDepthConfig
+from .errors import UserError
 from .lru_slots import ReadingOrder, reading_order
 from .rotary import rotations
 from .tokens import TokenSubset
@@ -127,13 +128,13 @@ def check_cache(config: RecurrentDepthConfig, cache: Any) -> None:
             "leave it out to get one"
         )
     if cache is not None and (cache.lru is not None) != config.has_lru:
-        raise ValueError("past_key_values was made for a model with other layers; leave it out to get a fitting one")
+        raise UserError("past_key_values was made for a model with other layers; leave it out to get a fitting one")
 
 
 def check_length(config: RecurrentDepthConfig, tokens: int) -> None:
     """Raises ValueError where a row has more tokens than the model allows."""
     if tokens > config.block_size:
-        raise ValueError(
+        raise UserError(
             f"{tokens} tokens are more than the {config.block_size} this model allows; shorten the prompt or "
             "generate fewer tokens"
         )
@@ -165,12 +166,12 @@ def pass_context(
     check_length(config, total)
     if attention_mask is not None and attention_mask.ndim == 2:
         if attention_mask.shape != (batch, total):
-            raise ValueError(
+            raise UserError(
                 f"attention_mask has shape {list(attention_mask.shape)}, but {past} stored and {tokens} new tokens "
                 f"in {batch} rows need [{batch}, {total}]"
             )
     elif attention_mask is not None and (attention_mask.ndim != 4 or config.layer_types is not None):
-        raise ValueError(
+        raise UserError(
             f"attention_mask has shape {list(attention_mask.shape)}; give [batch, tokens], or [batch, 1, new, all] "
             "to a model without sliding windows"
         )

@@ -11,6 +11,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from .configuration import RecurrentDepthConfig
+from .errors import UserError
 
 _BLOCK = ("attn.Wqkv.weight", "attn.proj.weight", "mlp.fc.weight", "mlp.proj.weight", "norm_1.weight", "norm_2.weight")
 _OUTER = {
@@ -72,7 +73,7 @@ def find_kind(tensor_names: Iterable[str]) -> Kind:
     nearest = min(KINDS, key=lambda kind: len(kind.block ^ block))
     if strange or nearest.block != block:
         extra, missing = sorted(strange | (block - nearest.block)), sorted(nearest.block - block)
-        raise ValueError(
+        raise UserError(
             f"the checkpoint fits no published kind ({', '.join(kind.name for kind in KINDS)}); nearest {nearest.name}: "
             f"no place for {extra[:4] or 'none'}, missing {missing[:4] or 'none'}"
         )

@@ -8,20 +8,18 @@ from typing import Any
 
 import torch
 
-from redepth.analysis.cost import ParameterCount, count_parameters
 from redepth.checkpoint.card import write_card
-from redepth.checkpoint.folder import whole_folder, write_recipe
-from redepth.checkpoint.shards import DEFAULT_SHARD_SIZE, save_definition, write_shards
+from redepth.checkpoint.cost import ParameterCount, count_parameters
+from redepth.checkpoint.folder import FAMILY_FILE, CheckpointFolder, write_recipe
+from redepth.checkpoint.shards import DEFAULT_SHARD_SIZE, EMBEDDING, HEAD, save_definition, write_shards
+from redepth.checkpoint.sources import Source, open_source
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from redepth.runtime import parse_dtype
 
 from .families import Derived, Family, family_of
 from .plan import Plan, make_plan
-from .sources import Source, open_source
 from .weights import (
-    EMBEDDING,
-    HEAD,
     Entry,
     adapter_weight,
     check_names,
@@ -185,7 +183,9 @@ class Conversion:
         """What would make this checkpoint again."""
         return {
             "convert": {
-                "source": self.source.name,
+                "source": self.source.recorded_name,
+                **({"revision": self.source.commit} if self.source.commit else {}),
+                **({"family": str(self.family.file)} if self.family.file else {}),
                 **self.plan.slices(),
                 "adapter": self.adapter,
                 "state": self.config.initial_state_mode,
@@ -193,7 +193,11 @@ class Conversion:
                 "tie": self.config.tie_embeddings,
                 "seed": self.seed,
             },
-            "source": {"base_model": self.source.base_model, "license": self.source.license},
+            "source": {
+                "base_model": self.source.base_model,
+                "license": self.source.license,
+                **({"commit": self.source.commit} if self.source.commit else {}),
+            },
             "made_with": {name: version(name) for name in ("redepth", "torch", "transformers")},
         }
 
@@ -210,16 +214,19 @@ class Conversion:
             on_tensor: called with (tensors done, tensors in all).
 
         Raises:
-            RedepthError: if `out` exists and `overwrite` is off, or the source does not fit.
+            RedepthError: if `out` must not be replaced, or the source does not fit.
             OSError: if the disk is full or not writable.
         """
-        with whole_folder(out, overwrite) as folder:
+        with CheckpointFolder(out).replacing(overwrite, [self.source.location]) as folder:
             write_shards(self.tensors(), folder, len(self.table) + 1, max_shard_size, on_tensor)
             save_definition(self.config, folder, self.dtype)
             tokenizer = self.source.tokenizer
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             self.source.generation_config().save_pretrained(folder)
+            if self.family.file is not None:
+                # So that the checkpoint can be verified without the user's file.
+                (folder / FAMILY_FILE).write_text(self.family.to_yaml(), encoding="utf-8")
             write_recipe(folder, self.recipe())
             write_card(folder, out.resolve().name)
         return out
@@ -235,11 +242,14 @@ def plan_conversion(
     dtype: str | None = None,
     tie: bool | None = None,
     seed: int = 0,
+    revision: str | None = None,
+    family: str | Path | None = None,
+    trust_remote_code: bool = False,
 ) -> Conversion:
     """Decide a surgery without reading a tensor; see `convert` for the arguments."""
     if not isinstance(source, Source):
-        source = open_source(source)
-    family = family_of(source.config.model_type)
+        source = open_source(source, revision, trust_remote_code)
+    chosen = family_of(source.config.model_type, family)
     plan = make_plan(source.config.num_hidden_layers, prelude, core, coda)
     parse_adapter(adapter)
     if state not in STATES:
@@ -248,16 +258,16 @@ def plan_conversion(
     changes: dict[str, Any] = {"initial_state_mode": state}
     if tie is not None:
         changes["tie_embeddings"] = tie
-    config = recurrent_config(source, family, plan, **changes)
+    config = recurrent_config(source, chosen, plan, **changes)
     return Conversion(
         source=source,
-        family=family,
+        family=chosen,
         plan=plan,
         config=config,
         adapter=adapter,
         dtype=wanted if wanted is not None else source.dtype,
         seed=seed,
-        table=weight_table(family, plan, config),
+        table=weight_table(chosen, plan, config),
     )
 
 
@@ -273,6 +283,9 @@ def convert(
     dtype: str | None = None,
     tie: bool | None = None,
     seed: int = 0,
+    revision: str | None = None,
+    family: str | Path | None = None,
+    trust_remote_code: bool = False,
     overwrite: bool = False,
     max_shard_size: str = DEFAULT_SHARD_SIZE,
     on_tensor: Callable[[int, int], None] | None = None,
@@ -283,7 +296,7 @@ def convert(
 
     Args:
         source: hub id, local folder, `.gguf` or `.pt` file, or built-in name.
-        out: folder to write; must not exist unless `overwrite`.
+        out: folder to write; with `overwrite`, a checkpoint that redepth wrote may be there.
         prelude, core, coda: source layers as Python slices, such as `"0:10"`. Without them every layer is kept and
             the middle fifth is the core; with a core alone, what is before and after it.
         adapter: how e and the state start out mixed: `inject` [0 | I], `blend:α` [αI | (1−α)I], or `random`.
@@ -291,6 +304,9 @@ def convert(
         dtype: `float32`, `bfloat16` or `float16`; the source's own by default (fp32 for GGUF).
         tie: tie the head to the embedding or not; as in the source by default.
         seed: of a random adapter.
+        revision: branch, tag or commit of a hub repository; the commit is recorded.
+        family: a YAML file that describes an architecture redepth has no family for; see docs/conversion.md.
+        trust_remote_code: let modelling code that comes with the source run.
         max_shard_size: such as `"2GB"`.
         on_tensor: called with (tensors done, tensors in all).
 
@@ -300,6 +316,8 @@ def convert(
     Raises:
         RedepthError: for a source, plan or option that does not fit; nothing is left at `out`.
     """
-    conversion = plan_conversion(source, prelude, core, coda, adapter, state, dtype, tie, seed)
+    conversion = plan_conversion(
+        source, prelude, core, coda, adapter, state, dtype, tie, seed, revision, family, trust_remote_code
+    )
     conversion.write(Path(out), overwrite, max_shard_size, on_tensor)
     return conversion

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from redepth.checkpoint.sources import Source
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthConfig
 from redepth.modeling.configuration import GROUP_MODULES
@@ -16,7 +17,6 @@ from redepth.modeling.loss import chunked_cross_entropy
 
 from .convert import Conversion, plan_conversion
 from .plan import Plan
-from .sources import Source
 from .weights import ADAPTER, adapter_weight, parse_adapter
 
 DEPTHS = (1, 2, 4, 8)

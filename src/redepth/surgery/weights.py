@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from redepth.checkpoint.shards import HEAD
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthConfig
 from redepth.modeling.configuration import GROUP_MODULES
@@ -13,8 +14,6 @@ from .families import Family
 from .plan import Plan
 
 ADAPTER = "transformer.adapter.weight"
-EMBEDDING = "transformer.wte.weight"
-HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 
-from redepth.checkpoint.folder import HEALING_FILE, read_json, read_recipe
-from redepth.checkpoint.load import read_config
 from redepth.modeling import RecurrentDepthConfig
 from redepth.modeling.cache_rules import parse_cache_rule
 from redepth.modeling.configuration import LRU_LAYER
 
 from .cost import count_parameters
+from .folder import HEALING_FILE, read_json, read_recipe
+from .load import read_config
 
 
 def cache_bytes_per_token(config: RecurrentDepthConfig, num_steps: int, rule: str | None = None) -> int:
