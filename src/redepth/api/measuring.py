@@ -76,6 +76,7 @@ def calibrate(
     Raises:
         RedepthError: for a checkpoint that is not a local folder, or text or numbers that do not fit.
     """
+    from redepth.checkpoint.folder import local_checkpoint
     from redepth.checkpoint.load import load_tokenizer, read_config
     from redepth.data.rows import held_out_text
     from redepth.evaluation.calibrate import calibrate as measure
@@ -84,7 +85,7 @@ def calibrate(
         raise RedepthError(f"--most-steps must be at least 2, got {most_steps}; there is nothing to compare")
     if rows < 1 or sequence_length < 2:
         raise RedepthError(f"--rows {rows} and --sequence-length {sequence_length} must be at least 1 and 2")
-    config, _ = read_config(checkpoint)
+    config, _ = read_config(local_checkpoint(checkpoint))
     if sequence_length > config.block_size:
         raise RedepthError(
             f"--sequence-length {sequence_length} is more than the {config.block_size} this model allows"
