@@ -19,7 +19,13 @@ GRIFFIN = Path(__file__).parent / "golden" / "griffin-tiny" / "griffin-tiny.pt"
 # What only a person at a terminal needs.
 OF_THE_TERMINAL = {"as_json", "quiet", "dry_run"}
 VERBS = {"convert": api.convert, "verify": api.verify, "plan": api.plan, "heal": api.heal, "calibrate": api.calibrate}
-VERBS |= {"retrofit": api.retrofit, "eval": api.evaluate, "inspect": api.inspect, "new": api.create}
+VERBS |= {
+    "retrofit": api.retrofit,
+    "eval": api.evaluate,
+    "inspect": api.inspect,
+    "new": api.create,
+    "analyze": api.analyze,
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +51,11 @@ def test_a_verb_has_its_commands_arguments_and_defaults(name: str) -> None:
     for flag, parameter in flags.items():
         if flag in OF_THE_TERMINAL or (takes_more and parameter.kind is parameter.KEYWORD_ONLY):
             continue
-        argument = {"adapter": "adapters"}.get(flag, flag) if name == "plan" else flag
+        argument = {"adapter": "adapters", "prompt": "prompts"}.get(flag, flag) if name in ("plan", "analyze") else flag
         assert argument in arguments, f"--{flag}"
         same = parameter.default == arguments[argument].default
         # A list that was not given, a path that typer must ask for, and the comparison that a command makes unasked.
-        assert same or flag in ("adapter", "num_steps", "verify", "out"), f"--{flag}"
+        assert same or flag in ("adapter", "prompt", "num_steps", "verify", "out"), f"--{flag}"
 
 
 def test_what_is_recurrent_already_is_saved_anew(tmp_path: Path) -> None:

@@ -85,7 +85,8 @@ def convert(
         prelude, core, coda: source layers as Python slices, such as `"0:10"`. Without them every layer is kept and
             the middle fifth is the core; with a core alone, what is before and after it.
         adapter: how e and the state start out mixed: `inject` [0 | I], `blend:α` [αI | (1−α)I], or `random`.
-        state: s_0: `embed` (the prelude's output), `noise` or `zeros`.
+        state: s_0: `embed` (the prelude's output), `noise`, `zeros`, or `skip-adapter`, which is `embed` with a first step
+            that leaves the adapter out: it equals its source at r = 1 whatever the adapter.
         dtype: `float32`, `bfloat16` or `float16`; the source's own by default (fp32 for GGUF).
         tie: tie the head to the embedding or not; as in the source by default.
         seed: of a random adapter.

@@ -150,6 +150,59 @@ def evaluate(
     return found
 
 
+def analyze(
+    checkpoint: str | Path,
+    prompts: Sequence[str] = (),
+    data: str | None = None,
+    *,
+    out: str | Path | None = None,
+    num_steps: int = 32,
+    compare: str | Path | None = None,
+    text_column: str = "text",
+    rows: int = 4,
+    sequence_length: int = 128,
+    dtype: str = "auto",
+    device: "str | torch.device" = "auto",
+    overwrite: bool = False,
+    on_progress: OnProgress | None = None,
+) -> dict[str, Any]:
+    """Look inside the loop on some texts, and write a report with pictures and tables.
+
+    Args:
+        checkpoint: folder or hub id.
+        prompts: texts; or `data`, held-out text as for `calibrate`.
+        out: folder to write; the checkpoint's name with `-analysis` by default.
+        num_steps: how deep to go, at least 7.
+        compare: another checkpoint for the same texts, recurrent or not, with the same tokens.
+        overwrite: replace a folder that redepth wrote.
+        on_progress: called with (checkpoint, share done).
+
+    Returns:
+        what `summary.json` holds: `verdict`, `figures`, and the same of `compare`.
+
+    Raises:
+        RedepthError: for texts or numbers that do not fit; before any compute.
+    """
+    from redepth.analysis.analyze import analyze as look
+    from redepth.runtime import choose_device
+
+    return look(
+        checkpoint,
+        prompts,
+        data,
+        out,
+        num_steps,
+        compare,
+        text_column,
+        rows,
+        sequence_length,
+        dtype,
+        str(choose_device(device)),
+        overwrite,
+        on_progress,
+    )
+
+
 def inspect(
     checkpoint: str | Path, num_steps: Sequence[int] = (1, 4, 8, 16, 32), cache_rule: str | None = None
 ) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def command(
     adapter: Annotated[
         str, typer.Option(help="How the adapter starts: inject, blend:α or random.")
     ] = api.DEFAULT_ADAPTER,
-    state: Annotated[str, typer.Option(help="Initial state: embed, noise or zeros.")] = api.DEFAULT_STATE,
+    state: Annotated[str, typer.Option(help="Initial state: embed, noise, zeros or skip-adapter.")] = api.DEFAULT_STATE,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the source's by default.")] = None,
     tie: Annotated[
         bool | None, typer.Option("--tie/--untie", help="Tie head and embedding; as in the source by default.")

@@ -129,6 +129,8 @@ class Conversion:
     def starts_equal(self) -> bool:
         """Whether a full cover with this start equals its source at r = 1."""
         kind, _ = parse_adapter(self.adapter)
+        if self.config.initial_state_mode == "skip-adapter":
+            return True
         return kind == "inject" or (kind == "blend" and self.config.initial_state_mode == "embed")
 
     @property
