@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import torch
 from transformers import AutoModelForCausalLM
 
-from redepth.checkpoint.folder import whole_folder, write_json
+from redepth.checkpoint.folder import CheckpointFolder, write_json
 from redepth.checkpoint.load import load, load_tokenizer
 from redepth.data.rows import held_out_text
 from redepth.errors import RedepthError, first_line
@@ -106,7 +106,8 @@ def analyze_model(
 def _static_analysis(name: str, texts: Sequence[Sequence[int]], dtype: Any, device: str) -> Analysis:
     """A model without a loop: its loss, to hold the others' against."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+        model = model.to(device).eval()
     except (OSError, ValueError, KeyError) as error:
         raise RedepthError(f"checkpoint {name!r} can't be read: {first_line(error)}") from None
     with torch.no_grad():
@@ -163,7 +164,7 @@ def analyze(
         )
     with_loop = compare is not None and is_recurrent(compare)
     folder = Path(out) if out is not None else Path(f"{Path(checkpoint).name}-analysis")
-    with whole_folder(folder, overwrite) as beside:
+    with CheckpointFolder(folder).replacing(overwrite) as beside:
         tokenizer = load_tokenizer(checkpoint)
         if compare is not None and load_tokenizer(compare).get_vocab() != tokenizer.get_vocab():
             raise RedepthError(

@@ -57,11 +57,14 @@ def plan_healing(
 
 
 def _heal_recipe(recipe: "HealRecipe | str | Path | None", changes: dict[str, Any]) -> "HealRecipe":
-    from redepth.healing.recipe import HealRecipe, read_heal_recipe
+    from redepth.healing.recipe import HealRecipe, fill, read_heal_recipe
 
     if isinstance(recipe, HealRecipe):
         given = {key: value for key, value in changes.items() if value is not None}
-        return HealRecipe(**recipe.model_dump(exclude_unset=True) | given) if given else recipe
+        kept = recipe.model_dump(exclude_unset=True)
+        if "data" in given:
+            kept.pop("phases", None)
+        return fill(HealRecipe, kept | given, "healing recipe") if given else recipe
     return read_heal_recipe(Path(recipe) if recipe is not None else None, **changes)
 
 

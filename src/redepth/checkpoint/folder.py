@@ -269,6 +269,27 @@ class CheckpointFolder:
         return exported | {f"{value.partition('.')[0]}.py" for value in named if isinstance(value, str)}
 
 
+def local_checkpoint(name: str | Path) -> Path:
+    """The folder of a checkpoint that is to be written into.
+
+    Raises:
+        RedepthError: for a hub id, and for a folder that is not there or holds no checkpoint.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        CheckpointFolder(folder).settle()
+        if (folder / CONFIG_FILE).is_file():
+            return folder
+        raise RedepthError(f"{str(name)!r} has no config.json; give a folder made by redepth convert")
+    text = str(name)
+    if text.count("/") == 1 and not text.startswith((".", "/", "~")):
+        raise RedepthError(
+            f"{text!r} is no local folder, and a hub repository can't be written into; fetch it first: redepth convert "
+            f"{text} {text.partition('/')[2]}"
+        )
+    raise RedepthError(f"checkpoint {text!r} does not exist; make one with redepth convert")
+
+
 def is_weights(name: str) -> bool:
     """Whether a checkpoint's file of that name holds weights, or says which do."""
     return name in (WEIGHTS_FILE, INDEX_FILE) or SHARD.fullmatch(name) is not None
