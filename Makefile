@@ -1,6 +1,7 @@
 # make demo        convert, verify, heal and run a real model
 # make demo-griffin  train a small Griffin from scratch and let it write
 # make test        the tests; make test-all adds the slow ones
+# make test-portable  the tests as other processors would run them, one variant after another (an hour)
 # make lint        style and types
 # make docs        the site, into build/docs; make tree the tree of files in docs/design.md
 
@@ -12,7 +13,7 @@ STAMP := $(VENV)/.installed
 # Every install is held to constraints.txt, so that all machines run the same versions.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo demo-griffin test test-all lint docs tree clean
+.PHONY: demo demo-griffin test test-all test-portable lint docs tree clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (a few minutes the first time)"
@@ -35,6 +36,9 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m ''
+
+test-portable: $(STAMP)
+	@PYTHON=$(BIN)/python tests/portable.sh $(VARIANTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

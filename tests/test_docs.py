@@ -1,5 +1,7 @@
 """What the pages name exists: links, files, commands and their flags, make's targets, Python names."""
 
+import ast
+import inspect
 import pkgutil
 import re
 import shlex
@@ -138,6 +140,16 @@ def test_python_names_exist(page: Path) -> None:
             pkgutil.resolve_name(name)
         except (ImportError, AttributeError):
             pytest.fail(f"{page.name} names {name}, which does not exist")
+
+
+@pages
+def test_python_calls_have_their_arguments(page: Path) -> None:
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL):
+        for call in (node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)):
+            name = ast.unparse(call.func)
+            if name.startswith("redepth."):
+                given = {keyword.arg: None for keyword in call.keywords if keyword.arg}
+                inspect.signature(pkgutil.resolve_name(name)).bind_partial(*call.args, **given)
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,7 @@ def test_checkpointing_by_step_keeps_less_and_changes_nothing(checkpoint: Path) 
         calls += 1
 
     handle = model.transformer["core_block"][0].register_forward_hook(count)
-    model.checkpoint_steps = True
+    model.transformer.checkpoint_steps = True
     again = gradients(model, (1, 4))
     handle.remove()
     assert calls == 1 + 4 + 4  # without gradient, forward, and again in the backward pass

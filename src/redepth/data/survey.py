@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .python_docs import python_docs
-from .text import PYTHON_DOCS, data_file, read_documents
+from .source import PYTHON_DOCS
+from .text import data_file, read_documents
 
 DOCUMENTS_BETWEEN_TELLING = 10_000
 

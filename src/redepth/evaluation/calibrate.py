@@ -53,10 +53,7 @@ def measure_depths(
     """
     found = Measurement(*torch.zeros(2, most_steps, dtype=torch.float64))
     for row, ids in enumerate(tokens.to(model.device).split(1), 1):
-        embedded, _ = model.embed_inputs(ids)
-        states = [model.initialize_state(embedded)]
-        for _ in range(most_steps):
-            states.append(model.iterate_one_step(embedded, states[-1])[0])
+        states = list(model.states_by_step(ids, most_steps))
 
         def logits_after(step: int) -> torch.Tensor:
             logits = model.predict_from_latents(states[step]).logits  # noqa: B023
@@ -88,7 +85,7 @@ def measure_depths(
 
 
 def exit_steps(test: ExitTest, course: torch.Tensor, threshold: float) -> torch.Tensor:
-    """The step after which each token leaves, as `ExitPolicy` decides it.
+    """The step after which each token leaves, as `ExitTracker` decides it.
 
     Args:
         course: `[R − 1, tokens]`, the test's measure at steps 2 … R.
@@ -186,7 +183,7 @@ def calibrate(
     data: str,
     most_steps: int | None = None,
     dtype: str = "auto",
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     on_row: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measure a checkpoint at every depth and store the result in its config, as `depth_profile`.

@@ -10,10 +10,10 @@ from transformers.training_args import OptimizerNames
 
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthForCausalLM
+from redepth.modeling.configuration import GROUP_MODULES
 
 from .recipe import HealRecipe
 
-MODULE_OF_GROUP = {"prelude": "prelude", "core": "core_block", "coda": "coda"}
 LAYER_MATRICES = ("Wqkv", "proj", "fc", "linear_x", "linear_y", "linear_out")
 
 
@@ -28,7 +28,7 @@ def set_trainable(model: RecurrentDepthForCausalLM, recipe: HealRecipe) -> nn.Mo
     if recipe.train != "all":
         model.requires_grad_(False)
         for part in recipe.train.split("+"):
-            model.transformer["core_block" if part == "core" else part].requires_grad_(True)
+            model.transformer[GROUP_MODULES[part]].requires_grad_(True)
     return model
 
 
@@ -39,9 +39,9 @@ def _with_lora(model: RecurrentDepthForCausalLM, recipe: HealRecipe) -> nn.Modul
     except ImportError:
         raise RedepthError("train: lora needs the package peft; run: pip install redepth[lora]") from None
     for group in recipe.lora_groups:
-        if not len(model.transformer[MODULE_OF_GROUP[group]]):  # type: ignore[arg-type]
+        if not len(model.transformer[GROUP_MODULES[group]]):  # type: ignore[arg-type]
             raise RedepthError(f"lora_groups names {group!r}, but this model has no layers there")
-    groups = "|".join(MODULE_OF_GROUP[group] for group in recipe.lora_groups)
+    groups = "|".join(GROUP_MODULES[group] for group in recipe.lora_groups)
     settings = LoraConfig(
         r=recipe.lora_rank,
         lora_alpha=recipe.lora_alpha,  # type: ignore[arg-type]

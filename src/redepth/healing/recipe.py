@@ -7,8 +7,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from redepth.data.mixture import DataSource
-from redepth.data.text import PYTHON_DOCS
+from redepth.data.source import PYTHON_DOCS, DataSource
 from redepth.errors import RedepthError, first_line, one_line
 
 Curve = Literal["constant", "linear", "one-minus-sqrt"]

@@ -21,11 +21,12 @@ from redepth.checkpoint.folder import (
 )
 from redepth.checkpoint.load import load_tokenizer, read_config
 from redepth.data.mixture import training_and_held_out
-from redepth.data.text import PYTHON_DOCS
+from redepth.data.source import PYTHON_DOCS
 from redepth.errors import RedepthError
 from redepth.evaluation.calibrate import calibrate
 from redepth.evaluation.held_out import Evaluation, evaluate_held_out
-from redepth.surgery.convert import DEFAULT_ADAPTER, DEFAULT_STATE, plan_conversion
+from redepth.surgery.convert import plan_conversion
+from redepth.surgery.plan import DEFAULT_ADAPTER, DEFAULT_STATE
 from redepth.surgery.verify import verify
 
 from .heal import finished_run, heal

@@ -313,7 +313,7 @@ class _HeldOutLosses(TrainerCallback):
 
 def use_memory_savers(model: RecurrentDepthForCausalLM, recipe: HealRecipe) -> None:
     """Switch on what the recipe asks for inside the model, before anything is measured or run."""
-    model.checkpoint_steps = recipe.activation_checkpointing == "step"
+    model.transformer.checkpoint_steps = recipe.activation_checkpointing == "step"
     if recipe.activation_checkpointing == "layer":
         model.activation_checkpointing_enable()
     if recipe.compile:

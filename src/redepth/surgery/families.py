@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from redepth.errors import RedepthError, one_line
-from redepth.modeling.configuration import RECURRENCE
+from redepth.modeling.configuration import LRU_LAYER
 
 
 class Derived(BaseModel):
@@ -28,7 +28,7 @@ class Derived(BaseModel):
         if self.via == "booleans":
             return [bool(entry) for entry in value]
         # Some versions of transformers give the names of the checkpoint, some their own.
-        return [{"recurrent": RECURRENCE, "attention": "sliding_attention"}.get(entry, entry) for entry in value]
+        return [{"recurrent": LRU_LAYER, "attention": "sliding_attention"}.get(entry, entry) for entry in value]
 
 
 class Switches(BaseModel):

@@ -8,11 +8,11 @@ import torch
 from redepth.checkpoint.shards import HEAD
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthConfig
+from redepth.modeling.configuration import GROUP_MODULES
 
 from .families import Family
 from .plan import Plan
 
-GROUP_MODULES = {"prelude": "prelude", "core": "core_block", "coda": "coda"}
 ADAPTER = "transformer.adapter.weight"
 
 

@@ -32,6 +32,7 @@ class Circuits(ArrayTask):
 
     def check(self) -> None:
         super().check()
+        letters(self.inputs + self.gates)
         longest = max(self.depth[1], self.harder[1])
         if self.gates < longest or self.depth[0] < 1:
             raise RedepthError(

@@ -27,6 +27,7 @@ class Iterate(ArrayTask):
 
     def check(self) -> None:
         super().check()
+        letters(self.nodes)
         longest = max(self.depth[1], self.harder[1])
         if self.nodes < longest + 1 or self.nodes < 2:
             raise RedepthError(

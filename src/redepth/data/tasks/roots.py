@@ -28,6 +28,7 @@ class Roots(ArrayTask):
 
     def check(self) -> None:
         super().check()
+        letters(self.nodes)
         longest = max(self.depth[1], self.harder[1])
         if self.nodes < longest + 2:
             raise RedepthError(
