@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from redepth.analysis.plots import plot_loss_by_depth
+from redepth.evaluation.plots import plot_loss_by_depth
 
 SOURCE = "smollm2-135m"
 FOLDER = Path("demo")

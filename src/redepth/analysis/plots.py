@@ -1,4 +1,4 @@
-"""Pictures of what depth buys and of what the state does, each a function of arrays that gives a matplotlib figure.
+"""Pictures of what the state does, each a function of arrays that gives a matplotlib figure.
 
 matplotlib is loaded when the first picture is drawn. Colours are told apart by readers with colour-blindness: viridis for
 amounts, Okabe and Ito's palette for kinds. Text and axes have the one colour `INK`, so that a page can recolour them.
@@ -27,7 +27,7 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 # A token's label is cut to so many letters, and a picture shows so many tokens.
 LABEL_LETTERS = 12
 MOST_TOKENS = 48
-STYLE = {
+STYLE: Any = {
     "font.size": 9.5,
     "font.family": "sans-serif",
     "text.color": INK,
@@ -338,33 +338,3 @@ def plot_spread(spread: Any, names: Sequence[str]) -> Any:
     if len(names) > 1:
         axes.legend(labelcolor=INK)
     return figure
-
-
-@in_style
-def plot_loss_by_depth(losses: dict[str, dict[str, dict[int, float]]], file: str | Path, title: str) -> None:
-    """Draw held-out loss over the number of steps, before and after healing, as a PNG.
-
-    Args:
-        losses: for each plan's label, `before` and `after`, each loss in nats per token by number of steps.
-    """
-    figure, axes = _figure(7, 4.2)
-    for index, (label, curves) in enumerate(losses.items()):
-        for when, style in (("before", ":"), ("after", "-")):
-            depths = list(curves[when])
-            axes.plot(
-                depths,
-                list(curves[when].values()),
-                style,
-                marker="o",
-                color=PALETTE[index % len(PALETTE)],
-                label=f"{label}, {when}",
-            )
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(depths, [str(depth) for depth in depths])
-    axes.minorticks_off()
-    axes.set_xlabel("num_steps (passes through the core)")
-    axes.set_ylabel("held-out loss, nats per token")
-    axes.set_title(title, loc="left", fontsize="medium")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    figure.savefig(file, facecolor="white")

@@ -41,9 +41,11 @@ class Problems:
 
 
 def join(parts: list[Problems]) -> Problems:
-    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0].arrays}
-    stacked = (np.concatenate([getattr(part, name) for part in parts]) for name in ("content", "difficulty"))
-    return Problems(*stacked, arrays)
+    return Problems(
+        content=np.concatenate([part.content for part in parts]),
+        difficulty=np.concatenate([part.difficulty for part in parts]),
+        arrays={name: np.concatenate([part[name] for part in parts]) for name in parts[0].arrays},
+    )
 
 
 def is_held_out(content: np.ndarray) -> np.ndarray:
