@@ -3,6 +3,12 @@
 from dataclasses import dataclass
 
 import torch
+from transformers.utils import is_tracing
+
+
+def surely(condition: torch.Tensor) -> bool:
+    """Whether a condition `[]` on data holds, for shortcuts; a compiler can't ask, and takes the general way."""
+    return not is_tracing(condition) and bool(condition)
 
 
 @dataclass
@@ -47,6 +53,11 @@ def align_right(rows: torch.Tensor, order: torch.Tensor | None, dim: int) -> tor
     shape = [1] * rows.ndim
     shape[0], shape[dim] = order.shape
     return rows.gather(dim, order.view(shape).expand_as(rows))
+
+
+def stands_left(order: torch.Tensor) -> bool:
+    """Whether `padding_first`'s order moves nothing."""
+    return surely((order == torch.arange(order.shape[1], device=order.device)).all())
 
 
 def padding_first(real: torch.Tensor) -> torch.Tensor:
