@@ -16,6 +16,7 @@ from redepth.checkpoint.load import load_tokenizer
 from redepth.checkpoint.republish import republish
 from redepth.checkpoint.sources import open_source, recorded_source
 from redepth.errors import RedepthError
+from redepth.evaluation.calibrate import calibrate
 from redepth.evaluation.held_out import evaluate_held_out
 from redepth.healing.heal import heal
 from redepth.healing.recipe import HealRecipe
@@ -29,7 +30,7 @@ VERBS: dict[str, Callable[[Path], object]] = {
     "load": redepth.load,
     "verify": redepth.verify,
     "heal": lambda folder: heal(folder, HealRecipe(**SHORT)),
-    "calibrate": lambda folder: redepth.calibrate(folder, random_ids(1, 9), "letters", 2),
+    "calibrate": lambda folder: calibrate(folder, random_ids(1, 9), "letters", 2),
     "evaluate": lambda folder: evaluate_held_out(folder, random_ids(1, 9), "letters", (1,)),
 }
 DAMAGES: dict[str, tuple[Callable[[dict], object], str]] = {

@@ -57,7 +57,8 @@ def largest_stretch(
     pull_back = pulled[1]
     largest, done = 0.0, 0
     for done in range(1, iterations + 1):
-        _, pushed = torch.func.jvp(step, (state,), (direction,))
+        both: Any = torch.func.jvp(step, (state,), (direction,))
+        pushed = both[1]
         before, largest = largest, float(pushed.norm())
         if abs(largest - before) <= tolerance * largest:
             return Stretch(largest, done, True)

@@ -27,7 +27,7 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 # A token's label is cut to so many letters, and a picture shows so many tokens.
 LABEL_LETTERS = 12
 MOST_TOKENS = 48
-STYLE = {
+STYLE: Any = {
     "font.size": 9.5,
     "font.family": "sans-serif",
     "text.color": INK,

@@ -29,6 +29,7 @@ MANIFEST_FILE = ".redepth.json"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+DEFAULT_SHARD_SIZE = "1GB"
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 RECURRENT_MODEL_TYPE = "huginn_raven"
 # What is put into place waits in STAGE; JOURNAL says that it is complete, and what has to go when it takes its place.

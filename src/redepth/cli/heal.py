@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 import typer
 from rich.table import Table
 
-from redepth.healing.recipe import HealRecipe, read_heal_recipe
+from redepth import HealRecipe, api
 
 from .console import AsJson, Quiet, hush_libraries, loss_table, print_json, progress_bar, remarks, results
 
@@ -107,18 +107,15 @@ def command(
     Example: redepth heal ./smollm2-recurrent --data python-docs --recipe recipes/demo.yaml
     """
     hush_libraries()
-    from redepth.healing.heal import heal, plan_healing
-
-    settings = read_heal_recipe(recipe, **changes)
     if os.environ.get("RANK", "0") != "0":
         as_json, quiet = False, True  # one process speaks for all
     with progress_bar(quiet) as update:
         listen = listener(update, quiet)
         if dry_run:
-            plan = plan_healing(checkpoint, settings, listen)
+            plan = api.plan_healing(checkpoint, recipe, on_progress=listen, **changes)
         else:
-            silent = quiet or as_json
-            healing = heal(checkpoint, settings, to, listen, None if silent else show_preflight)
+            told = None if quiet or as_json else show_preflight
+            healing = api.heal(checkpoint, recipe, to, on_progress=listen, on_preflight=told, **changes)
     if dry_run:
         print_json(asdict(plan)) if as_json else show_preflight(plan)
     elif as_json:

@@ -183,7 +183,7 @@ def calibrate(
     data: str,
     most_steps: int | None = None,
     dtype: str = "auto",
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     on_row: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measure a checkpoint at every depth and store the result in its config, as `depth_profile`.

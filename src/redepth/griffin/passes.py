@@ -222,7 +222,7 @@ def prepare(
         sin=sin,
         segments=segments,
         cache=cache,
-        timeline=Timeline(fresh, starts, since_start, real, input_order),
+        timeline=Timeline(fresh, starts, since_start, real, input_order, restore is not None),
         key_order=key_order,
         restore=restore,
         attentions=[] if whole else None,

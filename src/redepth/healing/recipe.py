@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from redepth.data.mixture import DataSource
+from redepth.data.source import DataSource
 from redepth.errors import RedepthError, first_line
 
 Curve = Literal["constant", "linear", "one-minus-sqrt"]

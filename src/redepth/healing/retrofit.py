@@ -25,7 +25,8 @@ from redepth.data.text import PYTHON_DOCS
 from redepth.errors import RedepthError
 from redepth.evaluation.calibrate import calibrate
 from redepth.evaluation.held_out import Evaluation, evaluate_held_out
-from redepth.surgery.convert import DEFAULT_ADAPTER, DEFAULT_STATE, plan_conversion
+from redepth.surgery.convert import plan_conversion
+from redepth.surgery.plan import DEFAULT_ADAPTER, DEFAULT_STATE
 from redepth.surgery.verify import verify
 
 from .heal import heal

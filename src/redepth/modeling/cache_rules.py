@@ -50,6 +50,8 @@ def parse_cache_rule(rule: str) -> CacheRule:
     Raises:
         ValueError: for a rule that redepth does not know.
     """
+    if not isinstance(rule, str):
+        raise UserError(f"unknown cache rule {rule!r}; use {KNOWN_RULES}")
     name = _published_name(rule)
     parts = name.split("+")
     if name == "full":
