@@ -1,6 +1,5 @@
 """Contract 7 as a table: every bad input ends in one line that names it, with exit code 2, and leaves the tree as it was."""
 
-import errno
 import json
 import os
 import shutil
@@ -163,7 +162,7 @@ def fields_of(folder: str, line: str, table: dict[str, list[Any]]) -> dict[str, 
 
 
 CONVERT, LOAD = "convert {source} {out} --core 2:4 -q --no-verify", "generate {checkpoint} hi --max-new-tokens 1"
-HEAL = " ".join(("heal {checkpoint} --data {texts}/good.jsonl", *SMALL_HEAL))
+HEAL = " ".join(("heal {checkpoint} -q --data {texts}/good.jsonl", *SMALL_HEAL))
 
 FILES = {
     f"{name} of a {folder}: {kind}": case(line, says, spoil(f"{folder}/{name}"))
@@ -238,67 +237,81 @@ TOKENIZERS = {
     }.items()
 } | {
     "more tokens than the vocabulary": case(
-        "generate {checkpoint} hi~", "vocabulary", tokenizer("checkpoint", lambda c: c["model"]["vocab"].update({"~": 500}))
+        "generate {checkpoint} hi~",
+        "vocabulary",
+        tokenizer("checkpoint", lambda c: c["model"]["vocab"].update({"~": 500})),
     ),
     "chat without a template": case("chat {plain}", "template"),
-    "chat with a broken template": case("chat {checkpoint}", "template", text("checkpoint/chat_template.jinja", "{% for %}")),
+    "chat with a broken template": case(
+        "chat {checkpoint}", "template", text("checkpoint/chat_template.jinja", "{% for %}")
+    ),
     "chat with a template that raises": case(
         "chat {checkpoint}", "template", text("checkpoint/chat_template.jinja", "{{ raise_exception('no') }}")
     ),
-    "chat with a template of nothing": case("chat {checkpoint}", "template", text("checkpoint/chat_template.jinja", " ")),
-    "no words": case("generate {checkpoint} {empty}", "empty"),
+    "chat with a template of nothing": case(
+        "chat {checkpoint}", "template", text("checkpoint/chat_template.jinja", " ")
+    ),
+    "no words": Case(("generate", "{checkpoint}", ""), "empty"),
 }
-RECIPES = {
-    f"recipe.yaml {kind}, {line.split()[0]}": case(line, "recipe.yaml", text("checkpoint/recipe.yaml", content))
-    for line in ("verify {checkpoint}", "inspect {checkpoint}", HEAL)
-    for kind, content in {
-        "broken": "convert: [",
-        "with tabs": "convert:\n\t- 5",
-        "a list": "- convert",
-        "a word": "convert",
-        "binary": b"\xff\xfe\x00\x01",
-        "of words": "convert: yes",
-        "partial": "convert: {source: x}",
-        "with a list for a range": "convert: {source: s, prelude: [0], core: 5, coda: null, adapter: 7, state: 3}",
-    }.items()
-} | {
-    f"heal recipe {kind}": case(" ".join((HEAL, "--recipe {texts}/recipe.yaml")), "recipe", text("texts/recipe.yaml", content))
-    for kind, content in {
-        "broken": "heal: [",
-        "empty": "",
-        "a list": "- heal",
-        "a word": "heal",
-        "without its section": "convert: {}",
-        "of a list": "heal: [1]",
-        "of nothing": "heal:",
-        "with an unknown key": "heal: {speed: 3}",
-        "with a number for a word": "heal: {optimizer: 3}",
-        "with a word for a number": "heal: {max_steps: many}",
-        "below": "heal: {max_steps: 0}",
-        "with keys that are numbers": "heal: {1: 2}",
-        "binary": b"\xff\xfe\x00\x01",
-        "with a tag": "heal: !!python/object:os.system {}",
-        "with a date": "heal: {data: 2020-01-01}",
-        "endless": "heal: {learning_rate: .inf, weight_decay: .nan}",
-    }.items()
-} | {
-    f"retrofit recipe {kind}": case("retrofit {texts}/recipe.yaml {out}", "recipe", text("texts/recipe.yaml", content))
-    for kind, content in {
-        "broken": "convert: [",
-        "empty": "",
-        "a list": "[]",
-        "without a source": "convert: {core: '2:4'}",
-        "with a strange section": "convert: {source: smollm2-135m}\nheel: {}",
-        "with lists": "convert: []\nheal: []",
-        "with nothing": "convert:\nheal:\n",
-    }.items()
-}
+RECIPES = (
+    {
+        f"recipe.yaml {kind}, {line.split()[0]}": case(line, "recipe.yaml", text("checkpoint/recipe.yaml", content))
+        for line in ("verify {checkpoint}", "inspect {checkpoint}", HEAL)
+        for kind, content in {
+            "broken": "convert: [",
+            "with tabs": "convert:\n\t- 5",
+            "a list": "- convert",
+            "a word": "convert",
+            "binary": b"\xff\xfe\x00\x01",
+            "of words": "convert: yes",
+            "partial": "convert: {source: x}",
+            "with a list for a range": "convert: {source: s, prelude: [0], core: 5, coda: null, adapter: 7, state: 3}",
+        }.items()
+    }
+    | {
+        f"heal recipe {kind}": case(
+            " ".join((HEAL, "--recipe {texts}/recipe.yaml")), "recipe", text("texts/recipe.yaml", content)
+        )
+        for kind, content in {
+            "broken": "heal: [",
+            "empty": "",
+            "a list": "- heal",
+            "a word": "heal",
+            "without its section": "convert: {}",
+            "of a list": "heal: [1]",
+            "of nothing": "heal:",
+            "with an unknown key": "heal: {speed: 3}",
+            "with a number for a word": "heal: {optimizer: 3}",
+            "with a word for a number": "heal: {max_steps: many}",
+            "below": "heal: {max_steps: 0}",
+            "with keys that are numbers": "heal: {1: 2}",
+            "binary": b"\xff\xfe\x00\x01",
+            "with a tag": "heal: !!python/object:os.system {}",
+            "with a date": "heal: {data: 2020-01-01}",
+            "endless": "heal: {learning_rate: .inf, weight_decay: .nan}",
+        }.items()
+    }
+    | {
+        f"retrofit recipe {kind}": case(
+            "retrofit {texts}/recipe.yaml {out}", "recipe", text("texts/recipe.yaml", content)
+        )
+        for kind, content in {
+            "broken": "convert: [",
+            "empty": "",
+            "a list": "[]",
+            "without a source": "convert: {core: '2:4'}",
+            "with a strange section": "convert: {source: smollm2-135m}\nheel: {}",
+            "with lists": "convert: []\nheal: []",
+            "with nothing": "convert:\nheal:\n",
+        }.items()
+    }
+)
 DATA = {
-    f"data {kind}, {line.split()[0]}": case(line, says, text(f"texts/{name}", content))
-    for line, name_of in (
-        (" ".join(("heal {checkpoint} --data {texts}/NAME", *SMALL_HEAL)), str),
-        ("calibrate {checkpoint} --data {texts}/NAME --rows 2 --sequence-length 16 --most-steps 3", str),
-        ("plan {source} --data {texts}/NAME --rows 2 --sequence-length 16 --core-layers 2", str),
+    f"data {kind}, {line.split()[0]}": case(line.replace("NAME", name), says, text(f"texts/{name}", content))
+    for line in (
+        " ".join(("heal {checkpoint} -q --data {texts}/NAME", *SMALL_HEAL)),
+        "calibrate {checkpoint} --data {texts}/NAME --rows 2 --sequence-length 16 --most-steps 3",
+        "plan {source} --data {texts}/NAME --rows 2 --sequence-length 16 --core-layers 2",
     )
     for kind, (name, says, content) in {
         "empty": ("empty.jsonl", "empty.jsonl", ""),
@@ -313,7 +326,6 @@ DATA = {
         "of an unknown kind": ("text.csv", "csv", "text\nhello\n"),
         "blank": ("blank.txt", "", "   \n"),
     }.items()
-    for line in [line.replace("NAME", name_of(name))]
 }
 NUMBERS = {
     line: case(line, says)
@@ -439,7 +451,7 @@ FOLDERS = {
     "verify a file": case("verify {file}", "file"),
     "inspect a file": case("inspect {file}", "file"),
     "inspect what is recurrent in time alone": case("inspect {griffin}", "recurrent_gemma"),
-    "chat with what is recurrent in time alone": case("chat {griffin} --num-steps 2", ""),
+    "chat with what is recurrent in time alone": case("chat {griffin}", "recurrent_gemma"),
     "generate at a depth from what has none": case("generate {griffin} hi --num-steps 2", ""),
     "calibrate what is recurrent in time alone": case("calibrate {griffin} --sequence-length 16", "recurrent_gemma"),
     "calibrate a hub id": case("calibrate someone/model", "folder"),
@@ -511,7 +523,16 @@ def run(house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         places = {name: str(tmp_path / name) for name in ("source", "checkpoint", "plain", "griffin", "texts", "empty")}
         places |= {"root": str(tmp_path), "out": str(tmp_path / "out"), "file": str(tmp_path / "file")}
         words = [word.format(**places) for word in one.words]
-        monkeypatch.setattr("sys.argv", ["redepth", *(word if one.words[0] != "generate" or i != 2 or word != places["empty"] else "" for i, word in enumerate(words))])
+        monkeypatch.setattr(
+            "sys.argv",
+            [
+                "redepth",
+                *(
+                    word if one.words[0] != "generate" or i != 2 or word != places["empty"] else ""
+                    for i, word in enumerate(words)
+                ),
+            ],
+        )
         monkeypatch.setattr("builtins.input", lambda prompt: "hello")
         monkeypatch.chdir(tmp_path)
         capsys.readouterr()

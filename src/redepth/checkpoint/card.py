@@ -134,7 +134,7 @@ def write_card(folder: Path, name: str | None = None, base: Path | None = None) 
     recipe = read_recipe(holder(RECIPE_FILE))
     if "convert" not in recipe:
         return
-    origin = recipe["source"]
+    origin = {"base_model": None, "license": None} | recipe.get("source", {})
     config = AutoConfig.from_pretrained(holder(CONFIG_FILE), trust_remote_code=False)
     base_model = origin["base_model"] or Path(recipe["convert"]["source"]).name
     data = ModelCardData(

@@ -28,6 +28,7 @@ from redepth.data.mixture import training_and_held_out
 from redepth.data.survey import count_licenses
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthForCausalLM
+from redepth.modeling.tokens import check_ids
 from redepth.runtime import has_bf16, keep_freed_memory
 
 from .checkpoints import last_whole, sweep
@@ -94,6 +95,7 @@ def _prepare(folder: Path, recipe: HealRecipe, work: Path, on_progress: Callable
     config, _ = read_config(folder)
     if (folder / HEALING_FILE).exists():
         raise RedepthError(f"{folder} is healed already; convert its source again, or heal another folder")
+    read_recipe(folder)  # which the end adds to
     tokenizer = load_tokenizer(folder)
     if recipe.sequence_length > config.block_size:
         raise RedepthError(
@@ -110,6 +112,7 @@ def _prepare(folder: Path, recipe: HealRecipe, work: Path, on_progress: Callable
         )
     sources = _sources(recipe)
     rows, held_out = training_and_held_out(tokenizer, recipe)
+    check_ids(held_out, config.vocab_size, "the held-out text")
 
     if not torch.cuda.is_available():
         keep_freed_memory()
