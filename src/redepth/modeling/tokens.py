@@ -11,6 +11,9 @@ def surely(condition: torch.Tensor) -> bool:
     return not is_tracing(condition) and bool(condition)
 
 
+from .errors import UserError
+
+
 @dataclass
 class TokenSubset:
     """Some of a pass's tokens, gathered row by row.
@@ -76,3 +79,22 @@ def padding_back(real: torch.Tensor) -> torch.Tensor:
     """
     tokens, counts = real.shape[1], real.cumsum(1)
     return (tokens - counts[:, -1:] + (counts - 1).clamp(min=0)).clamp(max=tokens - 1)
+
+
+def check_ids(ids: torch.Tensor, vocab_size: int, said: str = "the prompt") -> None:
+    """Refuse tokens that the model has no embedding for.
+
+    Args:
+        said: how the error names what was tokenised.
+
+    Raises:
+        UserError: naming the token.
+    """
+    if not ids.numel():
+        return
+    least, most = int(ids.min()), int(ids.max())
+    if least < 0 or most >= vocab_size:
+        raise UserError(
+            f"{said} holds token {least if least < 0 else most}, but the model's vocabulary has {vocab_size}; use the "
+            "model's own tokenizer"
+        )
