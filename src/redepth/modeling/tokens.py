@@ -5,13 +5,12 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import is_tracing
 
+from .errors import UserError
+
 
 def surely(condition: torch.Tensor) -> bool:
     """Whether a condition `[]` on data holds, for shortcuts; a compiler can't ask, and takes the general way."""
     return not is_tracing(condition) and bool(condition)
-
-
-from .errors import UserError
 
 
 @dataclass
