@@ -1,5 +1,6 @@
 """Contract 4: saved folders load alike here and in a transformers that has never heard of redepth."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,13 +18,21 @@ from tests.zoo import FAMILIES, random_ids
 
 # Recurrent layers go with the first two.
 POLICIES: list[dict] = [{}, {"criterion": "kl"}, {"draft_steps": 1}, {"sampler": "wavefront"}]
-PLAIN = """
+# What chooses the processor's instructions and threads: the other process must add as this one does.
+ARITHMETIC = {
+    name: value for name, value in os.environ.items() if name.startswith(("ATEN_", "OMP_", "MKL_", "ONEDNN_"))
+}
+BLOCK = """
 import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "redepth":
             raise ImportError("redepth is not to be had here")
 sys.meta_path.insert(0, Block())
+"""
+PLAIN = (
+    BLOCK
+    + """
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 import logging
@@ -47,6 +56,7 @@ assert "redepth" not in sys.modules
 assert sum("unknown argument 'of_a_later_day'" in one for one in said) == len(sys.argv[2:]), said
 torch.save(out, sys.argv[1])
 """.replace("POLICIES", repr(POLICIES))
+)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +97,7 @@ def test_folders_load_without_redepth(converted, tmp_path: Path) -> None:
         [sys.executable, "-c", PLAIN, str(tmp_path / "out.pt"), *folders.values()],
         check=True,
         cwd=tmp_path,
-        env={"PATH": "", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "HOME": str(tmp_path)},
+        env={"PATH": "", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "HOME": str(tmp_path)} | ARITHMETIC,
         capture_output=True,
         text=True,
     )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from redepth.modeling.errors import UserError
 from redepth.modeling.lru_mixer import Timeline
 from redepth.modeling.lru_state import LruState, RowChange
 from redepth.modeling.tokens import align_right
@@ -212,10 +213,10 @@ class RecurrentGemmaCache(Cache):
                 than were recorded, and for padding.
         """
         if tokens_to_remove > 0:
-            raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+            raise UserError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
         remove = -tokens_to_remove
         if remove > self.croppable:
-            raise ValueError(
+            raise UserError(
                 f"can't crop {remove} tokens: {self.croppable} were recorded since the last crop or padding; "
                 "call activate_past_recording() before feeding them"
             )

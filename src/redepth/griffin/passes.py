@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from redepth.modeling.errors import UserError
 from redepth.modeling.lru_mixer import Timeline
 from redepth.modeling.rotary import plain_frequencies
 from redepth.modeling.tokens import align_right, padding_back, padding_first, stands_left, surely
@@ -47,7 +48,7 @@ def rotations(config: Any, position_ids: torch.Tensor, dtype: torch.dtype) -> tu
     """cos and sin of the rotary angles, `[B or 1, T, half the rotated channels]`."""
     parameters = config.rope_parameters
     if parameters.get("rope_type", "default") != "default":
-        raise ValueError(f"rope_type is {parameters['rope_type']!r}, but RecurrentGemma knows only 'default'")
+        raise UserError(f"rope_type is {parameters['rope_type']!r}, but RecurrentGemma knows only 'default'")
     rotated = int(config.hidden_size // config.num_attention_heads * parameters.get("partial_rotary_factor", 1.0))
     frequencies = plain_frequencies(parameters["rope_theta"], rotated, position_ids.device)
     angles = position_ids[..., None].float() * frequencies
@@ -125,9 +126,9 @@ def real_columns(
         return None
     past = cache.length if cache is not None else 0
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
-        raise ValueError("attention_mask must be [batch, tokens]; a recurrence can't honour any other kind")
+        raise UserError("attention_mask must be [batch, tokens]; a recurrence can't honour any other kind")
     if attention_mask.shape != (batch, past + tokens):
-        raise ValueError(
+        raise UserError(
             f"attention_mask has shape {list(attention_mask.shape)}, but {past} stored and {tokens} new tokens in "
             f"{batch} rows need [{batch}, {past + tokens}]"
         )
@@ -138,7 +139,7 @@ def real_columns(
     if cache is not None and past:
         stored = cache.real_counts(batch, mask.device)
         if surely((mask[:, :past].sum(1) != stored).any()):
-            raise ValueError("attention_mask differs from the one under which the stored tokens were read")
+            raise UserError("attention_mask differs from the one under which the stored tokens were read")
     real = mask[:, past:]
     return None if surely(real.all()) else real
 
@@ -159,7 +160,7 @@ def prepare(
     real = real_columns(attention_mask, cache, batch, tokens)
     if position_ids is not None:
         if position_ids.shape not in ((1, tokens), (batch, tokens)):
-            raise ValueError(f"position_ids has shape {list(position_ids.shape)}, but must be [{batch}, {tokens}]")
+            raise UserError(f"position_ids has shape {list(position_ids.shape)}, but must be [{batch}, {tokens}]")
         position_ids = position_ids.expand(batch, -1)
 
     restore = None

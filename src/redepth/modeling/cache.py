@@ -9,6 +9,7 @@ from transformers.utils import is_tracing
 
 from .cache_rules import CacheRule, known_rule, parse_cache_rule
 from .cache_slots import CacheSlot
+from .errors import UserError
 from .lru_mixer import Timeline
 from .lru_slots import LruSlots
 from .lru_state import LruState
@@ -60,7 +61,7 @@ class RecurrentDepthCache(Cache):
         self.lru: LruSlots | None = None
         if config.has_lru:
             if self.rule.missing != "refuse" and self.rule.name != "latest":
-                raise ValueError(
+                raise UserError(
                     f"cache rule {self.rule.name!r} can't go with recurrent layers, whose states hold every token; use 'latest'"
                 )
             self.lru = LruSlots(config.conv1d_width, stands_in=self.rule.missing == "latest")
@@ -86,7 +87,7 @@ class RecurrentDepthCache(Cache):
             return
         shallowest = int(self.steps_run.min())
         if shallowest < needed:
-            raise ValueError(
+            raise UserError(
                 f"num_steps={num_steps} under cache rule {self.rule.name!r} needs earlier tokens that ran at least {needed} "
                 f"steps, but one ran {shallowest}; use cache_rule='latest' or start from an empty cache"
             )
@@ -261,7 +262,7 @@ class RecurrentDepthCache(Cache):
                 recurrent layers did not record, see `activate_past_recording`.
         """
         if tokens_to_remove > 0:
-            raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+            raise UserError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
         if self.lru is not None:
             self.lru.crop(tokens_to_remove)
         if tokens_to_remove < 0:

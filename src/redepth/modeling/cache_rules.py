@@ -4,6 +4,8 @@ import difflib
 import re
 from dataclasses import dataclass
 
+from .errors import UserError
+
 KNOWN_RULES = "full, latest, skip, ring-N, first-R-then-last, or latest or skip joined to one of the last two by a +"
 
 
@@ -49,7 +51,7 @@ def parse_cache_rule(rule: str) -> CacheRule:
         ValueError: for a rule that redepth does not know.
     """
     if not isinstance(rule, str):
-        raise ValueError(f"unknown cache rule {rule!r}; use {KNOWN_RULES}")
+        raise UserError(f"unknown cache rule {rule!r}; use {KNOWN_RULES}")
     name = _published_name(rule)
     parts = name.split("+")
     if name == "full":
@@ -64,7 +66,7 @@ def parse_cache_rule(rule: str) -> CacheRule:
         rule, ("full", "latest", "skip", "ring-4", "latest+ring-4", "first-8-then-last"), 1
     )
     hint = f"did you mean {near[0]!r}?" if near else f"use {KNOWN_RULES}"
-    raise ValueError(f"unknown cache rule {rule!r}; {hint}")
+    raise UserError(f"unknown cache rule {rule!r}; {hint}")
 
 
 _KNOWN: dict[str, CacheRule] = {}

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .cache_rules import parse_cache_rule
+from .errors import UserError
 
 # Names of fields by what they hold; a ? means that null will do.
 COUNTS = "vocab_size n_embd n_heads intermediate_size block_size mean_backprop_depth conv1d_width max_num_steps"
@@ -53,14 +54,14 @@ def check_fields(config: Any) -> None:
         for name in names.split():
             value = getattr(config, name)
             if not fits(value):
-                raise ValueError(f"{name} is {value!r}, but must be {wanted}")
+                raise UserError(f"{name} is {value!r}, but must be {wanted}")
     for name, choices in CHOICES.items():
         if getattr(config, name) not in choices:
             known = ", ".join("null" if choice is None else choice for choice in choices)
-            raise ValueError(f"{name} is {getattr(config, name)!r}, but must be one of {known}")
+            raise UserError(f"{name} is {getattr(config, name)!r}, but must be one of {known}")
     for name, value in (config.init_values or {}).items():
         if not _is_number(value):
-            raise ValueError(f"init_values[{name!r}] is {value!r}, but must be a number")
+            raise UserError(f"init_values[{name!r}] is {value!r}, but must be a number")
     parse_cache_rule(config.cache_rule)
     _check_profile(config.depth_profile)
 
@@ -70,8 +71,8 @@ def _check_profile(profile: Any) -> None:
         return
     steps, valid = profile.get("num_steps"), profile.get("valid_range")
     if not _is_integer(steps) or steps < 1:
-        raise ValueError(
+        raise UserError(
             f"depth_profile has num_steps {steps!r}, but it must be an integer of at least 1; calibrate again"
         )
     if not isinstance(valid, (list, tuple)) or len(valid) != 2 or not all(map(_is_integer, valid)):
-        raise ValueError(f"depth_profile has valid_range {valid!r}, but it must be two integers; calibrate again")
+        raise UserError(f"depth_profile has valid_range {valid!r}, but it must be two integers; calibrate again")

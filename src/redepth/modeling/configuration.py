@@ -10,8 +10,10 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
 from .config_checks import check_fields
+from .errors import UserError
 
 logger = logging.get_logger(__name__)
+
 
 # The published names among them mean the same.
 STATE_MODES = {
@@ -163,6 +165,14 @@ class RecurrentDepthConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.validate_architecture()
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, with the longest text under transformers' own name as well.
+
+        Where this class is not known, as for a tokenizer, the file is read as a plain configuration, and that one looks
+        for the name to check a rope that was stretched.
+        """
+        return super().to_dict() | {"max_position_embeddings": self.block_size}
+
     @property
     def embed_scale(self) -> float:
         """Factor on the token embedding."""
@@ -196,25 +206,25 @@ class RecurrentDepthConfig(PreTrainedConfig):
         """
         check_fields(self)
         if self.initial_state_mode not in STATE_MODES:
-            raise ValueError(
+            raise UserError(
                 f"initial_state_mode is {self.initial_state_mode!r}; redepth knows {', '.join(STATE_MODES)}"
             )
         self.initial_state_mode = STATE_MODES[self.initial_state_mode]
         if self.n_layers_in_recurrent_block < 1:
-            raise ValueError(
+            raise UserError(
                 f"n_layers_in_recurrent_block is {self.n_layers_in_recurrent_block}, but the core needs at least 1 layer"
             )
         if self.num_key_value_heads and self.n_heads % self.num_key_value_heads:
-            raise ValueError(
+            raise UserError(
                 f"n_heads ({self.n_heads}) is not a multiple of num_key_value_heads ({self.num_key_value_heads})"
             )
         if self.head_dim and self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim}, but rotary positions need an even number")
+            raise UserError(f"head_dim is {self.head_dim}, but rotary positions need an even number")
         for name in ("layer_types", "rope_layers"):
             values = getattr(self, name)
             if values is not None and len(values) != self.n_layers:
-                raise ValueError(f"{name} has {len(values)} entries, but the model has {self.n_layers} unique layers")
+                raise UserError(f"{name} has {len(values)} entries, but the model has {self.n_layers} unique layers")
         if self.layer_types is not None and "sliding_attention" in self.layer_types and not self.sliding_window:
-            raise ValueError("layer_types names sliding_attention, but sliding_window is not set; set it in tokens")
+            raise UserError("layer_types names sliding_attention, but sliding_window is not set; set it in tokens")
         if self.has_lru and (not self.lru_width or self.lru_width % self.n_heads):
-            raise ValueError(f"lru_width ({self.lru_width}) is not a multiple of n_heads ({self.n_heads})")
+            raise UserError(f"lru_width ({self.lru_width}) is not a multiple of n_heads ({self.n_heads})")

@@ -9,10 +9,12 @@ from transformers.utils import ModelOutput, logging
 
 from .cache import RecurrentDepthCache
 from .configuration import RecurrentDepthConfig
+from .errors import UserError
 from .exits import ExitTest, Measure
 from .policy import POLICY_KEYWORDS, DepthPolicy, take_policy_keywords
 from .ragged import check_numbers
 from .speculation import speculative_decoding
+from .tokens import check_ids
 from .wavefront import wavefront_decoding
 
 logger = logging.get_logger(__name__)
@@ -36,7 +38,7 @@ class RecurrentDepthGeneration(GenerationMixin):
     ) -> None:
         """Give generate() the one cache that knows about steps."""
         if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ValueError(
+            raise UserError(
                 f"cache_implementation={generation_config.cache_implementation!r} is not supported by a depth-recurrent "
                 "model; leave it out and choose a cache_rule instead"
             )
@@ -86,6 +88,9 @@ class RecurrentDepthGeneration(GenerationMixin):
         Raises:
             ValueError: for policies that exclude each other, before any compute, and as `forward`.
         """
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if ids is not None:
+            check_ids(ids, self.config.vocab_size)
         keywords = take_policy_keywords(kwargs)
         cache = kwargs.get("past_key_values")
         if policy is None:
@@ -93,9 +98,14 @@ class RecurrentDepthGeneration(GenerationMixin):
             keywords = self._settings_of(generation_config) | keywords
             policy = DepthPolicy.resolve(self.config, held_rule=held_rule, **keywords)
         elif keywords:
-            raise ValueError(f"give either a policy or {min(keywords)}, and not both")
+            raise UserError(f"give either a policy or {min(keywords)}, and not both")
         arguments = kwargs | {"custom_generate": custom_generate, "assistant_model": assistant_model}
         policy.check_beside(arguments)
+        # Watchers (record, patch) hang in the stack.
+        if getattr(self, "transformer").watchers:  # noqa: B009
+            beams = kwargs.get("num_beams") or getattr(generation_config or self.generation_config, "num_beams", None)
+            if not policy.is_one_token_at_a_time or (beams or 1) > 1:
+                raise UserError("record and patch follow plain decoding; leave draft_steps, sampler and num_beams out")
         self._warn_outside_calibration(policy.num_steps)
         arguments["policy"] = policy
         if policy.is_one_token_at_a_time:
@@ -155,7 +165,7 @@ class RecurrentDepthGeneration(GenerationMixin):
         known = {"lookup_strategy"}
         unknown = set(cache_kwargs or {}) - known
         if unknown:
-            raise ValueError(f"cache_kwargs has {min(unknown)!r}, but only {', '.join(known)} is known")
+            raise UserError(f"cache_kwargs has {min(unknown)!r}, but only {', '.join(known)} is known")
         rule = (cache_kwargs or {}).get("lookup_strategy")
         # Without a criterion a call is a plain generate; with one, `latest` is what the published rule comes down to.
         if criterion in (None, "none"):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .errors import UserError
 from .lru_mixer import Timeline, scan_on
 from .lru_state import LruState, RowChange
 from .tokens import padding_back, padding_first, stands_left, surely
@@ -53,7 +54,7 @@ def reading_order(
     real = mask[:, -tokens:].bool() if mask is not None else None
     if documents is not None:
         if mask is not None and surely(~mask.bool().all()):
-            raise ValueError(
+            raise UserError(
                 "position_ids begin another document in a row with padding, which a recurrent layer can't honour; leave the "
                 "padding out"
             )
@@ -165,7 +166,7 @@ class LruSlots:
             ValueError: for tokens that were not recorded: a state can't be taken back.
         """
         if -tokens_to_remove > self.croppable:
-            raise ValueError(
+            raise UserError(
                 f"can't crop {-tokens_to_remove} tokens: the recurrent layers recorded {self.croppable} since the last "
                 "crop or padding; call activate_past_recording() before feeding them"
             )

@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput, logging
 
 from .cache import RecurrentDepthCache
 from .configuration import RecurrentDepthConfig
+from .errors import UserError
 from .exits import ExitTest, Measure
 from .generation import RecurrentDepthGeneration
 from .loss import TokenLoss, chunked_cross_entropy, cross_entropy_of_tokens
@@ -230,7 +231,7 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, RecurrentDepthGen
         """
         check_arguments(kwargs)
         if kwargs.get("output_attentions", self.config.output_attentions):
-            raise ValueError(
+            raise UserError(
                 "output_attentions is not supported, as an argument or in the config; a core layer has one attention map for "
                 "each step"
             )

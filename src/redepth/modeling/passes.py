@@ -12,6 +12,7 @@ from transformers.utils import is_tracing
 
 from .cache import RecurrentDepthCache
 from .configuration import LRU_LAYER, RecurrentDepthConfig
+from .errors import UserError
 from .lru_slots import ReadingOrder, reading_order
 from .rotary import rotations
 from .tokens import TokenSubset, surely
@@ -33,6 +34,7 @@ class PassContext:
         subset: the tokens of this call, where they are not all of the pass.
         steps_run: `[B, T]`, under a criterion: the steps that the tokens have run so far.
         reading: how recurrent layers read the columns of the pass; None where there are none.
+        watchers: see `RecurrentStack.watchers`.
         continued: whether the first step starts from a state that was carried over, in place of s_0; or `[B, T]`, which
             tokens' does.
     """
@@ -45,6 +47,7 @@ class PassContext:
     steps_run: torch.Tensor | None = None
     reading: ReadingOrder | None = None
     continued: bool | torch.Tensor = False
+    watchers: tuple[Any, ...] = ()
     # Copies on other devices, so that a model spread over several moves each context there once.
     _elsewhere: dict[torch.device, "PassContext"] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -57,13 +60,24 @@ class PassContext:
         if device == self.position_ids.device:
             return self
         if device not in self._elsewhere:
+            kept: dict[str, Any] = {"cache": self.cache, "watchers": self.watchers}
             moved: dict[str, Any] = {
                 part.name: _moved(getattr(self, part.name), device, non_blocking)
                 for part in fields(self)
-                if part.init and part.name != "cache"
+                if part.init and part.name not in kept
             }
-            self._elsewhere[device] = PassContext(cache=self.cache, **moved)
+            self._elsewhere[device] = PassContext(**kept, **moved)
         return self._elsewhere[device]
+
+    def watched(self, part: str, layer: int | None, step: int, value: torch.Tensor) -> torch.Tensor:
+        """What goes on in the place of a part's value: the same, unless a watcher puts another there."""
+        for watcher in self.watchers:
+            value = watcher(part, layer, step, value, self)
+        return value
+
+    def wants(self, part: str, layer: int | None, step: int) -> bool:
+        """Whether a watcher asks for a part that is not worked out otherwise."""
+        return any(watcher.wants(part, layer, step) for watcher in self.watchers)
 
     def gather(self, subset: TokenSubset) -> "PassContext":
         """The context of some tokens of a pass; masks must be written out, `[B or 1, 1, T, S]`."""
@@ -131,7 +145,7 @@ def document_starts(position_ids: torch.Tensor, mask: torch.Tensor | None, past:
 def _within_documents(mask: Any, documents: torch.Tensor) -> torch.Tensor:
     """A mask `[B or 1, 1, T, S]`, bool or additive, without the keys of other documents, which `[B, S]` tells apart."""
     if not isinstance(mask, torch.Tensor) or mask.ndim != 4:
-        raise ValueError(
+        raise UserError(
             "position_ids begin another document beside padding or a cache that holds one, which needs attention of kind "
             "sdpa or eager; load the model with attn_implementation='sdpa'"
         )
@@ -147,13 +161,13 @@ def check_cache(config: RecurrentDepthConfig, cache: Any) -> None:
             "leave it out to get one"
         )
     if cache is not None and (cache.lru is not None) != config.has_lru:
-        raise ValueError("past_key_values was made for a model with other layers; leave it out to get a fitting one")
+        raise UserError("past_key_values was made for a model with other layers; leave it out to get a fitting one")
 
 
 def check_length(config: RecurrentDepthConfig, tokens: int) -> None:
     """Raises ValueError where a text has more tokens than the model allows."""
     if tokens > config.block_size:
-        raise ValueError(
+        raise UserError(
             f"{tokens} tokens are more than the {config.block_size} this model allows; shorten the prompt or "
             "generate fewer tokens"
         )
@@ -185,12 +199,12 @@ def pass_context(
     total = past + tokens
     if attention_mask is not None and attention_mask.ndim == 2:
         if attention_mask.shape != (batch, total):
-            raise ValueError(
+            raise UserError(
                 f"attention_mask has shape {list(attention_mask.shape)}, but {past} stored and {tokens} new tokens "
                 f"in {batch} rows need [{batch}, {total}]"
             )
     elif attention_mask is not None and (attention_mask.ndim != 4 or config.layer_types is not None):
-        raise ValueError(
+        raise UserError(
             f"attention_mask has shape {list(attention_mask.shape)}; give [batch, tokens], or [batch, 1, new, all] "
             "to a model without sliding windows"
         )

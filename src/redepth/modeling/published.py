@@ -13,6 +13,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 from transformers.utils.hub import cached_file
 
 from .configuration import RecurrentDepthConfig
+from .errors import UserError
 
 logger = logging.get_logger(__name__)
 
@@ -101,7 +102,7 @@ def find_kind(tensor_names: Iterable[str]) -> Kind:
     nearest = min(KINDS, key=lambda kind: len(kind.block ^ block))
     if strange or nearest.block != block:
         extra, missing = sorted(strange | (block - nearest.block)), sorted(nearest.block - block)
-        raise ValueError(
+        raise UserError(
             f"the checkpoint fits no published kind ({', '.join(kind.name for kind in KINDS)}); nearest {nearest.name}: "
             f"no place for {extra[:4] or 'none'}, missing {missing[:4] or 'none'}"
         )
@@ -180,7 +181,7 @@ def check_better_than_chance(model: Any, input_ids: torch.Tensor) -> None:
     input_ids = input_ids[:, : model.config.block_size]
     loss = float(model(input_ids, labels=input_ids, num_steps=steps, use_cache=False).loss)
     if not loss < chance:
-        raise ValueError(
+        raise UserError(
             f"its loss on plain English at {steps} steps is {loss:.2f}, no better than chance ({chance:.2f}): what was "
             "inferred from its tensors' names is wrong; write the switches into its config"
         )
