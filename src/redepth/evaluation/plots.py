@@ -91,10 +91,15 @@ def plot_accuracy_by_depth(
     panels[0].set_ylabel("difficulty (steps that the answer needs)")
     if mean_exit_steps is not None:
         at = np.interp(mean_exit_steps, num_steps, range(len(num_steps)))
-        panels[0].plot(
-            at, range(len(difficulties)), "o-", color="#d55e00", markersize=4, linewidth=1, label="mean exit step"
+        above = np.arange(len(difficulties)) + 0.33  # the numbers
+        curve = panels[0].plot(at, above, "o-", color="#d55e00", markersize=3.5, linewidth=1)
+        figure.legend(
+            curve,
+            ["mean step at which adaptive exit leaves"],
+            loc="outside lower left",
+            fontsize="small",
+            frameon=False,
         )
-        panels[0].legend(loc="lower right", fontsize="x-small", framealpha=0.9)
     panels[0].set_title(title, loc="left", fontsize="medium")
     bar = figure.colorbar(image, ax=panels.tolist(), shrink=0.8, pad=0.02)
     bar.set_label("accuracy, per cent")
