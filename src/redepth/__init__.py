@@ -15,25 +15,53 @@ from .registration import register_with_transformers
 if TYPE_CHECKING:
     from .analysis.patch import patch
     from .analysis.record import record
-    from .api import calibrate, convert, create, evaluate, heal, inspect, load, plan, retrofit, verify
+    from .api import analyze, calibrate, convert, create, evaluate, heal, inspect, load, plan, retrofit, verify
     from .griffin import RecurrentGemmaCache, RecurrentGemmaConfig, RecurrentGemmaForCausalLM, RecurrentGemmaModel
     from .healing.recipe import HealRecipe
-    from .modeling import DepthPolicy, RecurrentDepthCache, RecurrentDepthConfig, RecurrentDepthForCausalLM
+    from .modeling import (
+        DepthPolicy,
+        RecurrentDepthCache,
+        RecurrentDepthConfig,
+        RecurrentDepthForCausalLM,
+        RecurrentStack,
+    )
+    from .modeling.classification import RecurrentDepthForSequenceClassification
 
 __version__ = version("redepth")
 
 # Where each name lives.
 _MODULES = {
     **dict.fromkeys(
-        ("calibrate", "convert", "create", "evaluate", "heal", "inspect", "load", "plan", "retrofit", "verify"), "api"
+        (
+            "analyze",
+            "calibrate",
+            "convert",
+            "create",
+            "evaluate",
+            "heal",
+            "inspect",
+            "load",
+            "plan",
+            "retrofit",
+            "verify",
+        ),
+        "api",
     ),
     **dict.fromkeys(
         ("RecurrentGemmaCache", "RecurrentGemmaConfig", "RecurrentGemmaForCausalLM", "RecurrentGemmaModel"), "griffin"
     ),
     **dict.fromkeys(
-        ("DepthPolicy", "RecurrentDepthCache", "RecurrentDepthConfig", "RecurrentDepthForCausalLM"), "modeling"
+        (
+            "DepthPolicy",
+            "RecurrentDepthCache",
+            "RecurrentDepthConfig",
+            "RecurrentDepthForCausalLM",
+            "RecurrentStack",
+        ),
+        "modeling",
     ),
     "HealRecipe": "healing.recipe",
+    "RecurrentDepthForSequenceClassification": "modeling.classification",
     "patch": "analysis.patch",
     "record": "analysis.record",
 }
@@ -44,12 +72,15 @@ __all__ = [
     "RecurrentDepthCache",
     "RecurrentDepthConfig",
     "RecurrentDepthForCausalLM",
+    "RecurrentDepthForSequenceClassification",
     "RecurrentGemmaCache",
     "RecurrentGemmaConfig",
     "RecurrentGemmaForCausalLM",
     "RecurrentGemmaModel",
+    "RecurrentStack",
     "RedepthError",
     "__version__",
+    "analyze",
     "calibrate",
     "convert",
     "create",

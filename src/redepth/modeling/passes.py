@@ -15,7 +15,7 @@ from .configuration import LRU_LAYER, RecurrentDepthConfig
 from .errors import UserError
 from .lru_slots import ReadingOrder, reading_order
 from .rotary import rotations
-from .tokens import TokenSubset
+from .tokens import TokenSubset, surely
 
 MASK_MAKERS = {
     "full_attention": create_causal_mask,
@@ -34,6 +34,7 @@ class PassContext:
         subset: the tokens of this call, where they are not all of the pass.
         steps_run: `[B, T]`, under a criterion: the steps that the tokens have run so far.
         reading: how recurrent layers read the columns of the pass; None where there are none.
+        watchers: see `RecurrentStack.watchers`.
         continued: whether the first step starts from a state that was carried over, in place of s_0; or `[B, T]`, which
             tokens' does.
     """
@@ -46,6 +47,7 @@ class PassContext:
     steps_run: torch.Tensor | None = None
     reading: ReadingOrder | None = None
     continued: bool | torch.Tensor = False
+    watchers: tuple[Any, ...] = ()
     # Copies on other devices, so that a model spread over several moves each context there once.
     _elsewhere: dict[torch.device, "PassContext"] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -58,7 +60,7 @@ class PassContext:
         if device == self.position_ids.device:
             return self
         if device not in self._elsewhere:
-            kept = {"cache": self.cache}
+            kept: dict[str, Any] = {"cache": self.cache, "watchers": self.watchers}
             moved = {
                 part.name: _moved(getattr(self, part.name), device, non_blocking)
                 for part in fields(self)
@@ -66,6 +68,16 @@ class PassContext:
             }
             self._elsewhere[device] = PassContext(**kept, **moved)
         return self._elsewhere[device]
+
+    def watched(self, part: str, layer: int | None, step: int, value: torch.Tensor) -> torch.Tensor:
+        """What goes on in the place of a part's value: the same, unless a watcher puts another there."""
+        for watcher in self.watchers:
+            value = watcher(part, layer, step, value, self)
+        return value
+
+    def wants(self, part: str, layer: int | None, step: int) -> bool:
+        """Whether a watcher asks for a part that is not worked out otherwise."""
+        return any(watcher.wants(part, layer, step) for watcher in self.watchers)
 
     def gather(self, subset: TokenSubset) -> "PassContext":
         """The context of some tokens of a pass; masks must be written out, `[B or 1, 1, T, S]`."""
@@ -127,8 +139,7 @@ def document_starts(position_ids: torch.Tensor, mask: torch.Tensor | None, past:
         real = mask[:, -position_ids.shape[1] :].bool()
         before = mask[:, past - 1 : -1].bool() if past else torch.nn.functional.pad(real[:, :-1], (1, 0))
         starts &= real & before
-    # A compiler can't ask, and takes the rows as they come.
-    return starts if is_tracing(starts) or bool(starts.any()) else None
+    return None if surely(~starts.any()) else starts
 
 
 def _within_documents(mask: Any, documents: torch.Tensor) -> torch.Tensor:
@@ -209,7 +220,7 @@ def pass_context(
             position_ids = (padding_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
         else:
             position_ids = torch.arange(past, total, device=hidden.device)[None]
-    if total > config.block_size:
+    if total > config.block_size and not is_tracing(position_ids):
         # Padding and other documents count for nothing.
         check_length(config, int(position_ids.max()) + 1)
     documents = None
@@ -236,7 +247,7 @@ def pass_context(
         "past_key_values": cache,
         "allow_is_causal_skip": not whole_masks,
     }
-    whole_batch = padding_mask is None or starts is None or bool(padding_mask.all())
+    whole_batch = padding_mask is None or starts is None or surely(padding_mask.all())
     if starts is not None and past == 0 and whole_batch:
         # transformers makes the masks of packed documents where nothing else is in a row.
         mask_inputs |= {"attention_mask": None, "past_key_values": None, "position_ids": position_ids}
