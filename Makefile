@@ -1,7 +1,9 @@
 # make demo        convert, verify, heal and run a real model
 # make demo-griffin  train a small Griffin from scratch and let it write
 # make test        the tests; make test-all adds the slow ones
+# make test-portable  the tests as other processors would run them, one variant after another (an hour)
 # make lint        style and types
+# make docs        the site, into build/docs; make tree the tree of files in docs/design.md
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +13,7 @@ STAMP := $(VENV)/.installed
 # Every install is held to constraints.txt, so that all machines run the same versions.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo demo-griffin test test-all lint clean
+.PHONY: demo demo-griffin test test-all test-portable lint docs tree clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (a few minutes the first time)"
@@ -35,10 +37,25 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m ''
 
+test-portable: $(STAMP)
+	@PYTHON=$(BIN)/python tests/portable.sh $(VARIANTS)
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A warning is an error, such as a link that leads nowhere.
+docs: $(VENV)/.docs-installed
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --fresh-env -d build/doctrees docs build/docs
+	@echo "open build/docs/index.html"
+
+$(VENV)/.docs-installed: $(STAMP)
+	@$(PIP) -e '.[docs]'
+	@touch $@
+
+tree:
+	$(PYTHON) docs/tree.py
 
 clean:
 	rm -rf $(VENV) demo build dist src/*.egg-info

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from redepth import RecurrentDepthCache, RecurrentDepthForCausalLM, load
 from redepth.checkpoint.load import load_tokenizer
 from redepth.data.rows import held_out_text
-from redepth.modeling.decoding import cache_rule_for
+from redepth.modeling import DepthPolicy
 from redepth.modeling.exits import EXIT_TESTS
 
 DEEPEST = 32
@@ -63,10 +63,10 @@ def loss_in_decoding(model: RecurrentDepthForCausalLM, tokens: torch.Tensor, pol
     if "sampler" in policy:
         return None
     policy = {name: value for name, value in policy.items() if name != "draft_steps"}
-    rule = cache_rule_for(model.config, policy.get("cache_rule"), policy.get("criterion"))
-    cache, total = RecurrentDepthCache(model.config, rule), 0.0
+    resolved = DepthPolicy.resolve(model.config, **policy)
+    cache, total = RecurrentDepthCache(model.config, resolved.cache_rule.name), 0.0
     for now, then in zip(tokens[:, :-1].split(1, 1), tokens[:, 1:].split(1, 1), strict=True):
-        logits = model(now, past_key_values=cache, **policy).logits[:, -1].float()
+        logits = model(now, past_key_values=cache, policy=resolved).logits[:, -1].float()
         total += F.cross_entropy(logits, then[:, 0], reduction="sum").item()
     return total / (tokens.numel() - len(tokens))
 

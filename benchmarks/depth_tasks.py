@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from pages import replace_table
 
-from redepth.analysis.cost import count_parameters, training_flops_per_token
+from redepth.checkpoint.cost import count_parameters, training_flops_per_token
 from redepth.checkpoint.folder import write_json
 from redepth.data.tasks import ArrayTask, open_task
 from redepth.evaluation.tasks import compact_batches, task_accuracy

@@ -22,7 +22,7 @@ from redepth import RedepthError, load
 from redepth.checkpoint.load import load_tokenizer
 from redepth.data.rows import held_out_rows
 from redepth.evaluation.loss import loss_by_depth
-from redepth.runtime import processor_has_bf16
+from redepth.runtime import has_bf16
 
 
 def folder_and_steps(model: str) -> tuple[str, int]:
@@ -47,7 +47,7 @@ def rows_by_source(file: Path, tokenizer: Any, length: int, rows: int) -> dict[s
 def losses(folder: str, depths: list[int], texts: dict[str, torch.Tensor]) -> dict[int, dict[str, torch.Tensor]]:
     """Loss of every row, by depth and source, and of all rows."""
     model = load(folder)
-    with torch.autocast("cpu", torch.bfloat16, enabled=processor_has_bf16()):
+    with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16()):
         rows = {source: [loss_by_depth(model, row[None], depths) for row in ids] for source, ids in texts.items()}
     rows["all"] = [row for of_source in rows.values() for row in of_source]
     return {

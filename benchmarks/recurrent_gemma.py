@@ -23,11 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import linear
 
-from redepth.griffin.model import (
-    RecurrentGemmaConfig,
-    RecurrentGemmaForCausalLM,
-    block_type,
-)
+from redepth.griffin import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+from redepth.griffin.configuration import block_type
 
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {

@@ -12,7 +12,7 @@ import redepth
 from redepth.errors import RedepthError
 from redepth.evaluation.calibrate import calibrate, depth_profile, exit_steps, loosest_threshold, measure_depths
 from redepth.evaluation.loss import loss_by_depth
-from redepth.modeling.exits import EXIT_TESTS, ExitPolicy
+from redepth.modeling.exits import EXIT_TESTS, ExitTracker
 from redepth.surgery.convert import plan_conversion
 from tests.zoo import random_ids
 
@@ -47,11 +47,11 @@ def test_one_pass_equals_separate_runs(model, found) -> None:
 
 @pytest.mark.parametrize("name", sorted(EXIT_TESTS))
 def test_exits_are_those_of_the_policy(model, found, name: str) -> None:
-    """What calibration works out from the recorded courses is what `ExitPolicy` decides step by step."""
+    """What calibration works out from the recorded courses is what `ExitTracker` decides step by step."""
     test, ids = EXIT_TESTS[name], random_ids(3, 20)
     course = torch.cat(found.courses[name], dim=1)
     threshold = 2.0 if test.streak is None else float(course.median())
-    policy = ExitPolicy(name, threshold, 1, MOST)
+    tracker = ExitTracker(test, threshold, 1)
     left = torch.full((60,), MOST)
     with torch.no_grad():
         embedded, _ = model.embed_inputs(ids)
@@ -59,7 +59,7 @@ def test_exits_are_those_of_the_policy(model, found, name: str) -> None:
         for step in range(1, MOST):
             state = model.iterate_one_step(embedded, state)[0]
             looked_at = model.predict_from_latents(state).logits if test.of_logits else state
-            settled = policy.settled(looked_at.flatten(0, 1), torch.arange(60), step)
+            settled = tracker.settled(looked_at.flatten(0, 1), torch.arange(60), step)
             left = torch.where(settled & (left == MOST), step, left)
     got = exit_steps(test, course, threshold)
     assert len(got.unique()) > 1

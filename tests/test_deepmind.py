@@ -9,15 +9,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import redepth
+from redepth.checkpoint.deepmind import DeepMindSource
 from redepth.checkpoint.rewrite import rewrite
+from redepth.checkpoint.sources import open_source
 from redepth.errors import RedepthError
 from redepth.surgery.convert import plan_conversion
-from redepth.surgery.deepmind import DeepMindSource
-from redepth.surgery.sources import open_source
+from tests.tolerance import tolerance
 
 FOLDER = Path(__file__).parent / "golden" / "griffin-tiny"
 FILE = FOLDER / "griffin-tiny.pt"
-CLOSE = {"atol": 2e-5, "rtol": 1e-5}
+CLOSE = tolerance(layers=2 + 2 * 3)
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,10 @@ from transformers import PreTrainedTokenizerFast
 
 import redepth
 from redepth.checkpoint.folder import read_recipe
+from redepth.data.mixture import training_and_held_out
 from redepth.data.python_docs import python_docs
-from redepth.data.rows import Place, encode, open_text, rows_of, training_and_held_out
+from redepth.data.rows import Place, encode, rows_of
+from redepth.data.text import open_text
 from redepth.errors import RedepthError
 from redepth.evaluation.loss import loss_by_depth
 from redepth.healing.curriculum import depth_of_step, learning_rate_factor, mean_recurrence
@@ -97,7 +99,7 @@ def test_resumed_run_equals_the_unbroken_one(checkpoint: Path, tmp_path: Path, m
     monkeypatch.setattr(HealTrainer, "compute_loss", killed)
     with pytest.raises(KeyboardInterrupt):
         heal(checkpoint, recipe, out=tmp_path / "resumed")
-    assert not (tmp_path / "resumed").exists()
+    assert [entry.name for entry in (tmp_path / "resumed").iterdir()] == ["healing"]
     monkeypatch.setattr(HealTrainer, "compute_loss", broken)
     with pytest.raises(RedepthError, match="another recipe"):
         heal(checkpoint, HealRecipe(**SHORT | {"learning_rate": 1e-4}), out=tmp_path / "resumed")

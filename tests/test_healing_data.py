@@ -1,6 +1,7 @@
 """Healing: packing, mixtures, phases, licences, and going on at any row."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -11,14 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import redepth
-from redepth.data.rows import (
-    DataSource,
-    Place,
-    TrainingRows,
-    licenses_of,
-    rows_of,
-    training_and_held_out,
-)
+from redepth.data.mixture import TrainingRows, training_and_held_out
+from redepth.data.rows import Place, rows_of
+from redepth.data.survey import count_licenses
+from redepth.data.text import READERS, open_text
 from redepth.errors import RedepthError
 from redepth.healing.heal import heal
 from redepth.healing.recipe import HealRecipe, read_heal_recipe
@@ -134,26 +131,34 @@ def test_rows_go_on_exactly(tmp_path: Path, stop: int) -> None:
         assert all(torch.equal(got[key], wanted[key]) for key in wanted)
 
 
-def test_licences_are_kept(tmp_path: Path) -> None:
-    parquet = tmp_path / "c.parquet"
-    Dataset.from_dict({"text": ["c" * 40] * 4, "license": ["cc0", "mit", "mit", None]}).to_parquet(parquet)
-    assert licenses_of(DataSource(data=str(parquet))) == {"mit": 2, "cc0": 1}
-    assert licenses_of(DataSource(data=write_letters(tmp_path, "a"))) == {"mit": 10}
-    (tmp_path / "d.txt").write_text("d" * 50)
-    assert licenses_of(DataSource(data=str(tmp_path / "d.txt"), license="cc-by-4.0")) == {"cc-by-4.0": None}
-    assert licenses_of(DataSource(data=str(tmp_path / "d.txt"))) == {"not stated": None}
-
-
-def test_sources_reach_the_record_and_the_card(zoo, tmp_path: Path) -> None:
-    import shutil
-
+@pytest.fixture
+def checkpoint(zoo, tmp_path: Path) -> Path:
     shutil.copytree(zoo["llama"], tmp_path / "source")
     byte_tokenizer().save_pretrained(tmp_path / "source")
     redepth.convert(tmp_path / "source", tmp_path / "out", core="2:4")
+    return tmp_path / "out"
+
+
+def test_licences_are_kept(tmp_path: Path) -> None:
+    parquet = tmp_path / "c.parquet"
+    Dataset.from_dict({"text": ["c" * 40] * 4, "license": ["cc0", "mit", "mit", None]}).to_parquet(parquet)
+    assert count_licenses(str(parquet), "text", None) == {"mit": 2, "cc0": 1, "not stated": 1}
+    assert count_licenses(str(parquet), "text", "mit") == {"mit": 3, "cc0": 1}
+    assert count_licenses(write_letters(tmp_path, "a"), "text", None) == {"not stated": 20, "mit": 10}
+    text = tmp_path / "d.txt"
+    text.write_text("d" * 50)
+    assert count_licenses(str(text), "text", "cc-by-4.0") == {"cc-by-4.0": None}
+    assert count_licenses(str(text), "text", None) == {"not stated": None}
+
+
+def test_sources_reach_the_record_and_the_card(checkpoint: Path, tmp_path: Path) -> None:
     recipe = mixture(tmp_path, **SHORT | {"max_steps": 2})
-    healing = heal(tmp_path / "out", recipe)
-    assert [source["licenses"] for source in healing.sources] == [{"mit": 10}, {"mit": 3}]
-    card = (tmp_path / "out" / "README.md").read_text()
+    healing = heal(checkpoint, recipe)
+    assert [source["licenses"] for source in healing.sources] == [
+        {"not stated": 20, "mit": 10},
+        {"not stated": 6, "mit": 3},
+    ]
+    card = (checkpoint / "README.md").read_text()
     assert "a.jsonl" in card and "mit (10 documents)" in card
 
 
@@ -180,3 +185,78 @@ def test_mistakes_in_mixtures_and_phases(tmp_path: Path) -> None:
     broken.write_bytes(b"PAR1 and no more")
     with pytest.raises(RedepthError, match="can't be read"):
         training_and_held_out(byte_tokenizer(), HealRecipe(data=str(broken)))
+
+
+GOOD = b'{"text": "good"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", GOOD * 3 + b'{"text": "cut', "line 4: not valid JSON"),
+        ("a.jsonl", GOOD + b"\n" + b"[1]\n", "line 3: a list instead of a table"),
+        ("a.jsonl", GOOD + b'{"text": null}\n', "line 2: text is null"),
+        ("a.jsonl", GOOD + b'{"text": 7}\n', "line 2: text is a int"),
+        ("a.jsonl", GOOD + b'{"body": "x"}\n', "line 2: no column 'text', only body"),
+        ("a.jsonl", GOOD + b'{"text": "\xff"}\n', "line 2: not UTF-8"),
+        ("a.jsonl", GOOD + b'{"text": "a\\ud800"}\n', "line 2: text has half a surrogate pair at character 1"),
+        ("a.jsonl", GOOD + b"[" * 100_000, "line 2: not valid JSON"),
+        ("a.jsonl", GOOD.decode().encode("utf-16"), "line 1: not UTF-8"),
+        ("a.json", b'[{"text": "a"}, {"text": []}]', "record 2: text is a list"),
+        ("a.json", b"[1, 2", "line 1: not valid JSON"),
+        ("a.txt", b"caf\xe9", "not UTF-8 at byte 3"),
+        ("a.parquet", b"PAR1 and no more", "can't be read"),
+    ],
+)
+def test_bad_rows_are_found_and_named_before_the_run(
+    checkpoint: Path, tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    """The last row as well, which training might never reach; nothing is left behind."""
+    file = tmp_path / name
+    file.write_bytes(content)
+    before = sorted(checkpoint.iterdir())
+    recipe = HealRecipe(**SHORT | {"data": str(file), "validation": write_letters(tmp_path, "v")})
+    with pytest.raises(RedepthError, match=message) as said:
+        heal(checkpoint, recipe)
+    assert name in str(said.value) and "\n" not in str(said.value)
+    assert sorted(checkpoint.iterdir()) == before
+
+
+def test_bad_parquet_rows(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    Dataset.from_dict({"text": ["a"] * 300 + [None], "n": list(range(301))}).to_parquet(file)
+    with pytest.raises(RedepthError, match="row 301: text is null"):
+        count_licenses(str(file), "text", None)
+    with pytest.raises(RedepthError, match="row 1: n is a int"):
+        open_text(str(file), "n")
+    with pytest.raises(RedepthError, match="row 1: no column 'body', only text, n"):
+        open_text(str(file), "body")
+
+
+@pytest.mark.parametrize("ending", READERS)
+def test_byte_order_marks_are_no_text(tmp_path: Path, ending: str) -> None:
+    """Some editors begin every UTF-8 file with one."""
+    file = tmp_path / f"a{ending}"
+    if ending == ".parquet":
+        Dataset.from_dict({"text": ["b"]}).to_parquet(file)
+    else:
+        content = {".jsonl": '{"text": "b"}\r\n', ".json": '[{"text": "b"}]'}.get(ending, "b")
+        file.write_text(content, encoding="utf-8-sig", newline="")
+    assert [document["text"] for document in open_text(str(file))] == ["b"]
+    assert count_licenses(str(file), "text", "mit") == {"mit": None}
+
+
+def test_text_without_tokens_ends_the_reading(tmp_path: Path) -> None:
+    file, tokenizer = tmp_path / "a.jsonl", byte_tokenizer()
+    file.write_text('{"text": ""}\n' * 3)
+    tokenizer.eos_token = None
+    recipe = HealRecipe(data=str(file), validation=write_letters(tmp_path, "v"), sequence_length=8, eval_rows=1)
+    with pytest.raises(RedepthError, match="a.jsonl' has no tokens"):
+        take(training_and_held_out(tokenizer, recipe)[0], 1)
+
+
+def test_one_source_has_one_column(tmp_path: Path) -> None:
+    file = write_letters(tmp_path, "a")
+    recipe = HealRecipe(data=[{"data": file}, {"data": file, "text_column": "license"}], sequence_length=8)
+    with pytest.raises(RedepthError, match="two text columns, 'text' and 'license'"):
+        training_and_held_out(byte_tokenizer(), recipe)

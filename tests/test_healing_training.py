@@ -11,23 +11,24 @@ import torch
 from torch.nn import functional as F
 
 import redepth
-from redepth.analysis.cost import count_parameters, training_flops_per_token
+from redepth.checkpoint.cost import count_parameters, training_flops_per_token
 from redepth.errors import RedepthError
 from redepth.healing.curriculum import backprop_depth, depth_of_step
 from redepth.healing.distillation import Teacher, open_teacher
 from redepth.healing.guard import FEWEST, SpikeGuard
 from redepth.healing.heal import heal, plan_healing
+from redepth.healing.memory import peak_bytes
 from redepth.healing.optim import (
     LAYER_MATRICES,
     MuonWithAdamW,
     is_inner_matrix,
     muon_with_adamw,
     set_trainable,
-    trainer_optimizer_name,
 )
 from redepth.healing.preflight import depths_of_run
 from redepth.healing.recipe import HealRecipe
 from redepth.healing.trainer import HealTrainer
+from redepth.runtime import has_bf16
 from redepth.surgery.convert import plan_conversion
 from redepth.surgery.presets import preset_config
 from tests.test_healing import SHORT, byte_tokenizer
@@ -140,11 +141,13 @@ def test_muon_heals(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("adam", "unknown; use adamw, muon"), ("adamw_bnb_8bit", "bitsandbytes"), ("adamw_torch_8bit", "torchao")],
+    [("adam", "unknown; use adamw, muon"), ("lomo", "lomo_optim.*or use adamw"), ("galore_adamw", "galore_torch")],
 )
-def test_optimizers_that_are_not_there(name: str, message: str) -> None:
-    with pytest.raises(RedepthError, match=message):
-        trainer_optimizer_name(HealRecipe(optimizer=name))
+def test_optimizers_that_are_not_there(checkpoint: Path, name: str, message: str) -> None:
+    with pytest.raises(RedepthError, match=message) as said:
+        heal(checkpoint, HealRecipe(**SHORT | {"optimizer": name}))
+    assert "\n" not in str(said.value)
+    assert not (checkpoint / "healing").exists()
 
 
 def test_distilled_loss_equals_the_written_out_one(checkpoint: Path, source: Path) -> None:
@@ -171,6 +174,15 @@ def test_distillation_follows_the_source(checkpoint: Path, tmp_path: Path) -> No
     assert abs(loss.item()) < 1e-5
     healing = heal(checkpoint, HealRecipe(**SHORT | {"distill": 0.5, "max_steps": 10}), out=tmp_path / "out")
     assert healing.loss_after[4] < healing.loss_before[4]
+
+
+def test_every_family_is_its_own_teachers_equal(family: str, zoo) -> None:
+    """Whatever the source does to its logits, soft caps of all names included: KL 0 at r = 1 of a full cover."""
+    conversion = plan_conversion(zoo[family], adapter="blend:0.5", state="embed")
+    model, teacher = conversion.model(), Teacher(conversion.source.reference_model(), 1.0, 1.0)
+    tokens = random_ids(2, 9)
+    loss = model(tokens, labels=tokens, num_steps=1, loss_only=True, token_loss=teacher.token_loss(tokens)).loss
+    assert abs(loss.item()) < 1e-5
 
 
 def test_teacher_of_another_vocabulary(checkpoint: Path, tmp_path: Path) -> None:
@@ -200,7 +212,7 @@ def test_checkpointing_by_step_keeps_less_and_changes_nothing(checkpoint: Path) 
         calls += 1
 
     handle = model.transformer["core_block"][0].register_forward_hook(count)
-    model.checkpoint_steps = True
+    model.transformer.checkpoint_steps = True
     again = gradients(model, (1, 4))
     handle.remove()
     assert calls == 1 + 4 + 4  # without gradient, forward, and again in the backward pass
@@ -213,6 +225,33 @@ def test_memory_savers_give_the_same_run(checkpoint: Path, tmp_path: Path, chang
     plain = heal(checkpoint, HealRecipe(**SHORT), out=tmp_path / "plain")
     saving = heal(checkpoint, HealRecipe(**SHORT | changes), out=tmp_path / "saving")
     assert saving.loss_after == pytest.approx(plain.loss_after, abs=1e-6)
+
+
+def test_preflight_measures_what_the_memory_savers_leave(source: Path, tmp_path: Path) -> None:
+    """The probe runs as training will: what fits only with checkpointing is not ended by the probe itself."""
+    redepth.convert(source, tmp_path / "out", core="1:5")
+    held = {}
+    for kind in ("none", "step", "layer"):
+        recipe = HealRecipe(**SHORT | {"sequence_length": 64, "activation_checkpointing": kind, "mean_recurrence": 8.0})
+        memory = plan_healing(tmp_path / "out", recipe).memory
+        assert memory is not None
+        held[kind] = memory.activations
+    assert held["layer"] < held["none"] / 3 and held["step"] < held["none"] / 2
+
+
+def test_peak_bytes_counts_what_is_alive_at_once() -> None:
+    kept = torch.zeros(1000)
+
+    def work() -> None:
+        first = kept + 1
+        kept.mul_(2)
+        second = first.view(10, 100) * 2
+        del first
+        third = second + 1
+        del second, third
+        torch.zeros(1500)
+
+    assert peak_bytes(work, kept.device) == 8000
 
 
 @pytest.mark.slow
@@ -283,6 +322,19 @@ def test_preflight_says_what_the_run_will_be(checkpoint: Path) -> None:
     assert plan.memory.optimizer == 2 * plan.memory.gradients == 8 * count.core
     assert set(plan.loss_before) == {1, 4}
     assert not (checkpoint / "healing").exists()
+
+
+def test_long_runs_are_sampled() -> None:
+    short = depths_of_run(HealRecipe(max_steps=7))
+    assert short == [depth_of_step(HealRecipe(max_steps=7), step, step / 7) for step in range(7)]
+    assert len(depths_of_run(HealRecipe(max_steps=10**9, depth_sampling="fixed"))) == 20_000
+
+
+def test_emulated_bf16_is_no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Older GPUs only emulate it, slower than fp32 and with less precision."""
+    monkeypatch.setattr("redepth.runtime.choose_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not has_bf16("cuda")
 
 
 def test_published_formula() -> None:

@@ -7,15 +7,16 @@ from hypothesis import strategies as st
 
 import redepth
 from redepth import RecurrentDepthCache, RecurrentDepthForCausalLM
-from redepth.modeling.depth import sample_num_steps, split_num_steps
 from redepth.modeling.loss import chunked_cross_entropy
+from redepth.modeling.policy import sample_num_steps, split_num_steps
 from redepth.modeling.state import position_noise
 from redepth.surgery.convert import plan_conversion
 from tests.test_golden import FOLDER as HUGINN
+from tests.tolerance import tolerance
 from tests.zoo import FAMILIES, random_ids
 
-CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 NUM_STEPS = 3
+CLOSE = tolerance(layers=4 + 4 * NUM_STEPS, width=64)  # the Huginn; the others are smaller
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +268,7 @@ def test_loss_in_chunks_equals_the_whole(models, monkeypatch, family, items) -> 
         assert (output.logits is None) == loss_only
     torch.testing.assert_close(results[0][0], results[1][0])
     for name, gradient in results[0][1].items():
-        torch.testing.assert_close(results[1][1][name], gradient, msg=name)
+        torch.testing.assert_close(results[1][1][name], gradient, **CLOSE, msg=name)
 
 
 def test_loss_in_chunks_with_parts_frozen_and_in_bf16(monkeypatch) -> None:

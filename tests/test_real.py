@@ -8,11 +8,11 @@ import torch
 
 import redepth
 from redepth.checkpoint.load import load_tokenizer
-from redepth.data.rows import training_and_held_out
+from redepth.checkpoint.sources import BUILT_INS
+from redepth.data.mixture import training_and_held_out
 from redepth.evaluation.loss import loss_by_depth
 from redepth.healing.recipe import HealRecipe
 from redepth.surgery.convert import plan_conversion
-from redepth.surgery.sources import BUILT_INS
 from redepth.surgery.verify import TOLERANCE
 
 pytestmark = pytest.mark.real

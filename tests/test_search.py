@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from redepth.checkpoint.sources import open_source
 from redepth.errors import RedepthError
 from redepth.evaluation.loss import loss_by_depth
 from redepth.surgery.convert import plan_conversion
 from redepth.surgery.plan import Plan
 from redepth.surgery.search import Candidate, plans_of, ranked, search_plans
-from redepth.surgery.sources import open_source
 from tests.zoo import FAMILIES, random_ids
 
 DEPTHS = (1, 2, 4)

@@ -25,7 +25,7 @@ from tests.zoo import COMMON, FAMILIES, make_model, random_ids, save_source
 
 @torch.no_grad()
 def logits_of_source(source: Path, ids: torch.Tensor) -> torch.Tensor:
-    from redepth.surgery.sources import open_source
+    from redepth.checkpoint.sources import open_source
 
     return open_source(str(source)).reference_model()(ids, use_cache=False).logits
 
@@ -158,11 +158,20 @@ def test_output_folder_is_complete(zoo, tmp_path: Path) -> None:
     modelling = {
         "blocks.py",
         "cache.py",
+        "cache_rules.py",
+        "cache_slots.py",
+        "config_checks.py",
         "configuration.py",
-        "decoding.py",
-        "depth.py",
+        "elementwise.py",
         "exits.py",
+        "generation.py",
+        "passes.py",
+        "policy.py",
+        "pretrained.py",
         "published.py",
+        "rotary.py",
+        "stack.py",
+        "tokens.py",
         "loss.py",
         "model.py",
         "attention_backward.py",
@@ -175,7 +184,14 @@ def test_output_folder_is_complete(zoo, tmp_path: Path) -> None:
         "ragged.py",
         "wavefront.py",
     }
-    records = {"README.md", "config.json", "generation_config.json", "model.safetensors", "recipe.yaml"}
+    records = {
+        ".redepth.json",
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "recipe.yaml",
+    }
     assert names == modelling | records
 
 
@@ -224,8 +240,9 @@ def test_existing_folder_is_kept_unless_told(zoo, tmp_path: Path) -> None:
     with pytest.raises(RedepthError, match="already exists"):
         redepth.convert(zoo["llama"], tmp_path / "out")
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
-    redepth.convert(zoo["llama"], tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "notes.txt").exists()
+    with pytest.raises(RedepthError, match="was not written by redepth"):
+        redepth.convert(zoo["llama"], tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 

@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from redepth import RecurrentDepthForCausalLM, RedepthError
-from redepth.analysis.plots import plot_accuracy_by_depth
 from redepth.cli import app
 from redepth.data.tasks import open_task
+from redepth.evaluation.plots import plot_accuracy_by_depth
 from redepth.evaluation.tasks import (
     compact_batches,
     evaluate_task,

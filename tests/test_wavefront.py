@@ -5,6 +5,7 @@ import torch
 from transformers import TextIteratorStreamer
 
 from redepth import RecurrentDepthForCausalLM
+from redepth.modeling import RecurrentStack
 from redepth.surgery.convert import plan_conversion
 from tests.test_speculation import batch_of
 from tests.zoo import random_ids
@@ -126,6 +127,6 @@ def test_end_of_text_streamer_and_noise(models) -> None:
     ],
 )
 def test_mistakes_stop_before_any_compute(models, monkeypatch, kwargs: dict, message: str) -> None:
-    monkeypatch.setattr(RecurrentDepthForCausalLM, "_run", None)
+    monkeypatch.setattr(RecurrentStack, "run_layers", None)
     with pytest.raises(ValueError, match=message):
         models["llama"].generate(random_ids(1, 3), **OPTIONS | kwargs)

@@ -1,11 +1,12 @@
 """What the machine offers: dtypes, bf16 products, memory."""
 
 import ctypes
+import importlib.util
 import platform
 
 import torch
 
-from redepth.errors import RedepthError
+from redepth.errors import RedepthError, first_line
 
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -23,10 +24,29 @@ def parse_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def processor_has_bf16() -> bool:
-    """Whether bf16 matrix products are native where the run would take place."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+def choose_device(name: str | torch.device = "auto") -> torch.device:
+    """The device of that name; `auto` is a CUDA GPU where there is one, and else the processor.
+
+    Raises:
+        RedepthError: for a device that is none, or that this machine or this build of torch does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type == "meta":
+            raise RedepthError("device 'meta' holds no numbers; use cpu, cuda or auto")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise RedepthError(f"device {str(name)!r} can't be used: {first_line(error)}; use cpu or auto") from None
+    return device
+
+
+def has_bf16(device: str | torch.device = "auto") -> bool:
+    """Whether a device's bf16 matrix products are its own, not emulated."""
+    chosen = choose_device(device)
+    if chosen.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
@@ -43,3 +63,13 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
+
+
+def require(package: str, extra: str) -> None:
+    """Ask at the start for what only some calls need.
+
+    Raises:
+        RedepthError: where the package is not installed, with what to install.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise RedepthError(f"this needs the package {package}; run: pip install 'redepth[{extra}]'")

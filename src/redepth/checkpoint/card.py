@@ -6,7 +6,19 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoConfig
 
-from .folder import EVALUATION_FILE, HEALING_FILE, VERIFICATION_FILE, read_json, read_recipe
+from .folder import (
+    CARD_FILE,
+    CONFIG_FILE,
+    EVALUATION_FILE,
+    HEALING_FILE,
+    RECIPE_FILE,
+    VERIFICATION_FILE,
+    read_json,
+    read_recipe,
+)
+
+# What the card says of a healing recipe; recipe.yaml has all of it.
+RECIPE_KEYS = ("max_steps", "batch_size", "sequence_length", "optimizer", "learning_rate", "mean_recurrence", "train")
 
 USAGE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,9 +36,10 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _plan_section(convert: dict[str, Any], base_model: str) -> str:
+    commit = f" (commit `{convert['revision']}`)" if convert.get("revision") else ""
     rows = [[group, f"`{convert[group]}`"] for group in ("prelude", "core", "coda")]
     return (
-        f"Made from `{base_model}` by `redepth convert` (adapter `{convert['adapter']}`, initial state "
+        f"Made from `{base_model}`{commit} by `redepth convert` (adapter `{convert['adapter']}`, initial state "
         f"`{convert['state']}`).\n\n" + _table(["part", "source layers"], rows)
     )
 
@@ -52,20 +65,28 @@ def _verification_section(verification: dict[str, Any] | None) -> str:
     )
 
 
-def _healing_section(healing: dict[str, Any] | None) -> str:
+def _healing_section(healing: dict[str, Any] | None, recipes: list[dict[str, Any]]) -> str:
+    """Every run by itself, in order: text and recipe, losses, licences."""
     if healing is None:
         return "Not healed: the weights are the source's, only rearranged."
-    depths = list(healing["loss_after"])
-    rows = [
-        [label, *(f"{losses[depth]:.3f}" for depth in depths)]
-        for label, losses in (("before", healing["loss_before"]), ("after", healing["loss_after"]))
-    ]
-    return (
-        f"Healed on {healing['tokens']:,} tokens of {healing['data']}. Held-out loss (nats per token) by number of steps "
-        "r:\n\n"
-        + _table(["", *(f"r = {depth}" for depth in depths)], rows)
-        + _text_licences(healing.get("sources", []))
-    )
+    runs = [*healing.get("earlier", []), healing]
+    parts = []
+    for number, run in enumerate(runs, 1):
+        depths = list(run["loss_after"])
+        rows = [
+            [label, *(f"{losses[depth]:.3f}" for depth in depths)]
+            for label, losses in (("before", run["loss_before"]), ("after", run["loss_after"]))
+        ]
+        began = f"Run {number} of {len(runs)}: healed" if len(runs) > 1 else "Healed"
+        settings = recipes[number - 1] if len(recipes) == len(runs) else {}
+        told = ", ".join(f"{key} {settings[key]}" for key in RECIPE_KEYS if key in settings)
+        parts.append(
+            f"{began} on {run['tokens']:,} tokens of {run['data']}{f' ({told})' if told else ''}. Held-out loss (nats per "
+            "token) by number of steps r:\n\n"
+            + _table(["", *(f"r = {depth}" for depth in depths)], rows)
+            + _text_licences(run.get("sources", []))
+        )
+    return "\n\n".join(parts)
 
 
 def _depth_section(profile: dict[str, Any] | None) -> str:
@@ -105,20 +126,27 @@ def _text_licences(sources: list[dict[str, Any]]) -> str:
     return "\n\n" + _table(["training text", "licence"], list(rows.values())) if rows else ""
 
 
-def write_card(folder: Path, name: str | None = None) -> None:
+def write_card(folder: Path, name: str | None = None, base: Path | None = None) -> None:
     """Write README.md from the folder's config, recipe, verification, healing and evaluation records.
 
     The card of a checkpoint that redepth did not convert is its owner's and stays as it is.
 
     Args:
         name: what the folder will be called, where it is not called so yet.
+        base: the checkpoint that `folder` holds new files for; what `folder` lacks is read there.
     """
-    recipe = read_recipe(folder)
+
+    def holder(file: str) -> Path:
+        return base if base is not None and not (folder / file).exists() else folder
+
+    def record(file: str) -> Any | None:
+        return read_json(holder(file) / file)
+
+    recipe = read_recipe(holder(RECIPE_FILE))
     if "convert" not in recipe:
         return
-    origin = recipe["source"]
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    healing = read_json(folder / HEALING_FILE)
+    origin, heal = recipe["source"], recipe.get("heal", [])
+    config = AutoConfig.from_pretrained(holder(CONFIG_FILE), trust_remote_code=False)
     base_model = origin["base_model"] or Path(recipe["convert"]["source"]).name
     data = ModelCardData(
         license=origin["license"] or "unknown",
@@ -131,14 +159,14 @@ def write_card(folder: Path, name: str | None = None) -> None:
     sections = [
         f"# {base_model}, depth-recurrent",
         "A language model that loops its core as often as you ask: `num_steps` is the number of passes.",
-        USAGE.format(name=name or folder.resolve().name, num_steps=config.default_num_steps),
+        USAGE.format(name=name or (base or folder).resolve().name, num_steps=config.default_num_steps),
         "## Plan\n\n" + _plan_section(recipe["convert"], base_model),
-        "## Verification\n\n" + _verification_section(read_json(folder / VERIFICATION_FILE)),
-        "## Healing\n\n" + _healing_section(healing),
+        "## Verification\n\n" + _verification_section(record(VERIFICATION_FILE)),
+        "## Healing\n\n" + _healing_section(record(HEALING_FILE), heal if isinstance(heal, list) else [heal]),
         "## Depth\n\n" + _depth_section(config.depth_profile),
         f"## Licence\n\nThe source's: {licence}.",
     ]
-    evaluation = read_json(folder / EVALUATION_FILE)
+    evaluation = record(EVALUATION_FILE)
     if evaluation is not None:
         sections.insert(-1, "## Evaluation\n\n" + _evaluation_section(evaluation))
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n").save(folder / "README.md")
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n").save(folder / CARD_FILE)

@@ -4,14 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
-from redepth.errors import RedepthError, first_line
+from redepth.errors import RedepthError, first_line, one_line
 from redepth.griffin import RecurrentGemmaForCausalLM
 from redepth.modeling import RecurrentDepthConfig, RecurrentDepthForCausalLM
-from redepth.modeling.published import Kind, complete_config
-from redepth.runtime import parse_dtype
+from redepth.modeling.published import BUILT_IN_TEXT, Kind, check_better_than_chance, complete_config
+from redepth.runtime import choose_device, parse_dtype
+
+from .checked import load_checked
+from .folder import CheckpointFolder
 
 MODEL_CLASSES: dict[str, Any] = {
     "huginn_raven": RecurrentDepthForCausalLM,
@@ -20,71 +24,100 @@ MODEL_CLASSES: dict[str, Any] = {
 
 
 def load(
-    name: str | Path, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
+    name: str | Path,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    *,
+    revision: str | None = None,
+    device_map: Any = None,
+    quantization_config: Any = None,
+    attn_implementation: str | None = None,
 ) -> RecurrentDepthForCausalLM | RecurrentGemmaForCausalLM:
     """A model recurrent in depth (`huginn_raven`) or in time (`recurrent_gemma`), in eval mode.
+
+    No code that comes with the checkpoint is run: redepth's own takes its place.
 
     Args:
         name: folder or hub id.
         dtype: `auto` (as saved), a torch dtype or its name.
-        device: where to put it.
+        device: where to put it; `auto` takes a GPU where there is one.
+        revision: branch, tag or commit of a hub repository.
+        device_map: as transformers takes it, to spread the model; `device` is left aside then.
+        quantization_config: as transformers takes it.
+        attn_implementation: `sdpa`, `eager`, …; transformers' choice by default.
 
     Raises:
-        RedepthError: where there is no such checkpoint, it is of another kind, or its weights don't fit.
+        RedepthError: where there is no such checkpoint, it is of another kind, its weights don't fit or are not numbers,
+            or there is no such device.
     """
     if isinstance(dtype, str) and dtype != "auto":
         dtype = parse_dtype(dtype)
-    model_class = MODEL_CLASSES[_model_type(name, tuple(MODEL_CLASSES))]
+    chosen = choose_device(device)
+    model_class = MODEL_CLASSES[_model_type(name, tuple(MODEL_CLASSES), revision)]
+    options = {
+        "revision": revision,
+        "device_map": device_map,
+        "quantization_config": quantization_config,
+        "attn_implementation": attn_implementation,
+    }
+    if quantization_config is not None and device_map is None:
+        options["device_map"] = {"": chosen}  # quantised weights are made where they stay
+    given = {key: value for key, value in options.items() if value is not None}
+    model = load_checked(model_class, name, f"checkpoint {str(name)!r}", dtype, **given)
+    model = model if "device_map" in given else model.to(chosen)
+    kind = getattr(model, "published_kind", None)
+    if kind is not None and kind.is_inferred:
+        check_inferred(name, model)
+    return model
+
+
+def check_inferred(name: str | Path, model: Any) -> None:
+    """Refuse a published checkpoint whose blocks' switches were inferred, and wrongly."""
+    ids = load_tokenizer(name)(BUILT_IN_TEXT, return_tensors="pt")["input_ids"].to(model.device)
     try:
-        loaded: Any = model_class.from_pretrained(name, dtype=dtype, output_loading_info=True)
-    except (OSError, SafetensorError) as error:
-        raise RedepthError(f"checkpoint {str(name)!r} can't be read, perhaps cut short: {first_line(error)}") from None
-    model, report = loaded
-    for problem, said in (
-        ("missing_keys", "lacks"),
-        ("unexpected_keys", "has no place for"),
-        ("mismatched_keys", "has the wrong shape of"),
-    ):
-        if report[problem]:
-            raise RedepthError(f"checkpoint {str(name)!r} {said} tensor {min(report[problem])!r}")
-    return model.to(device).eval()
+        check_better_than_chance(model, ids)
+    except ValueError as error:
+        raise RedepthError(f"checkpoint {str(name)!r}: {error}") from None
 
 
-def read_config(name: str | Path) -> tuple[RecurrentDepthConfig, Kind | None]:
+def read_config(name: str | Path, revision: str | None = None) -> tuple[RecurrentDepthConfig, Kind | None]:
     """A checkpoint's configuration, complete, and its published kind (None for redepth's own).
 
     Raises:
         RedepthError: where there is no such checkpoint, or it fits no kind.
     """
-    _model_type(name, (RecurrentDepthConfig.model_type,))
+    _model_type(name, (RecurrentDepthConfig.model_type,), revision)
+    where: Any = {"revision": revision} if revision is not None else {}
     try:
-        config = RecurrentDepthConfig.from_pretrained(name)
-        return config, complete_config(config, name)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise RedepthError(f"checkpoint {str(name)!r}: {first_line(error)}") from None
+        config = RecurrentDepthConfig.from_pretrained(name, **where)
+        return config, complete_config(config, name, **where)
+    except (OSError, ValueError, TypeError, SafetensorError, StrictDataclassError) as error:
+        raise RedepthError(f"checkpoint {str(name)!r}: {one_line(error)}") from None
 
 
-def load_tokenizer(name: str | Path) -> Any:
+def load_tokenizer(name: str | Path, revision: str | None = None) -> Any:
     """The tokenizer beside a checkpoint.
 
     Raises:
         RedepthError: where there is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise RedepthError(f"checkpoint {str(name)!r} has no usable tokenizer: {first_line(error)}") from None
 
 
-def _model_type(name: str | Path, known: tuple[str, ...]) -> str:
+def _model_type(name: str | Path, known: tuple[str, ...], revision: str | None = None) -> str:
     text = str(name)
     folder = Path(text).expanduser()
+    if folder.is_dir():
+        CheckpointFolder(folder).settle()
     if folder.exists() and not (folder / "config.json").is_file():
         raise RedepthError(f"{text!r} has no config.json; give a folder made by redepth convert")
     if not folder.exists() and (text.startswith((".", "/", "~")) or text.count("/") != 1):
         raise RedepthError(f"checkpoint {text!r} does not exist; make one with redepth convert")
     try:
-        values, _ = RecurrentDepthConfig.get_config_dict(folder if folder.exists() else text)
+        values, _ = RecurrentDepthConfig.get_config_dict(folder if folder.exists() else text, revision=revision)
     except (OSError, ValueError) as error:
         raise RedepthError(f"checkpoint {text!r} has no readable configuration: {first_line(error)}") from None
     model_type = values.get("model_type")

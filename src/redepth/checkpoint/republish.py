@@ -7,15 +7,27 @@ from pathlib import Path
 import torch
 
 from redepth.runtime import parse_dtype
-from redepth.surgery.sources import Source, open_source
-from redepth.surgery.weights import EMBEDDING, HEAD
 
-from .folder import HEALING_FILE, RECIPE_FILE, VERIFICATION_FILE, whole_folder
+from .card import write_card
+from .folder import (
+    CARD_FILE,
+    DEFAULT_SHARD_SIZE,
+    EVALUATION_FILE,
+    FAMILY_FILE,
+    RECORD_FILES,
+    VERIFICATION_FILE,
+    CheckpointFolder,
+    read_recipe,
+    write_recipe,
+)
 from .load import read_config
-from .shards import DEFAULT_SHARD_SIZE, save_definition, write_shards
+from .shards import EMBEDDING, HEAD, save_definition, write_shards
+from .sources import Source, open_source
 
 # Kept as they are: what the checkpoint's owner wrote, and redepth's own records.
-KEPT_FILES = ("README.md", "LICENSE", RECIPE_FILE, VERIFICATION_FILE, HEALING_FILE)
+KEPT_FILES = {CARD_FILE, FAMILY_FILE, "LICENSE", *RECORD_FILES}
+# Figures of the very weights, which hold for no others.
+MEASURED_FILES = {VERIFICATION_FILE, EVALUATION_FILE}
 ROPE_TABLE = "freqs_cis"
 
 
@@ -32,11 +44,12 @@ def republish(
     """Write a recurrent checkpoint anew, tensor by tensor, so that it loads in today's transformers.
 
     The switches that a published config leaves open are written out, saved rope tables are left behind, and a tied
-    embedding is stored once.
+    embedding is stored once. Records and card come along; verification and evaluation do not where the dtype changes,
+    since they were measured on other weights.
 
     Args:
         source: folder or hub id of a published or redepth checkpoint.
-        out: folder to write; must not exist unless `overwrite`.
+        out: folder to write; with `overwrite`, a checkpoint that redepth wrote may be there.
         dtype: `float32`, `bfloat16` or `float16`; as it is by default.
         tie: tie the head to the embedding or not; as it is by default.
         on_tensor: called with (tensors done, tensors in all).
@@ -62,13 +75,19 @@ def republish(
         for name in names:
             yield name, source.read(name if name in stored else EMBEDDING).to(wanted)
 
-    with whole_folder(Path(out), overwrite) as folder:
+    with CheckpointFolder(out).replacing(overwrite, [source.location]) as folder:
         write_shards(tensors(), folder, len(names), max_shard_size, on_tensor)
         save_definition(config, folder, wanted)
         if source.tokenizer is not None:
             source.tokenizer.save_pretrained(folder)
         source.generation_config().save_pretrained(folder)
-        for name in KEPT_FILES:
-            if (source.folder / name).exists():
+        kept = KEPT_FILES if wanted == source.dtype else KEPT_FILES - MEASURED_FILES
+        for name in kept:
+            if (source.folder / name).is_file():
                 shutil.copy2(source.folder / name, folder / name)
+        recipe = read_recipe(folder)
+        if "convert" in recipe:
+            as_written = {"dtype": str(wanted).removeprefix("torch."), "tie": config.tie_embeddings}
+            write_recipe(folder, recipe | {"convert": recipe["convert"] | as_written})
+            write_card(folder, CheckpointFolder(out).path.name)
     return Path(out)

@@ -8,10 +8,10 @@ from transformers import AutoModelForCausalLM
 
 from redepth.errors import RedepthError
 from redepth.runtime import parse_dtype
-from redepth.surgery.sources import Source, open_source
 
-from .folder import whole_folder
-from .shards import DEFAULT_SHARD_SIZE, write_shards
+from .folder import DEFAULT_SHARD_SIZE, CheckpointFolder
+from .shards import write_shards
+from .sources import Source, open_source
 
 
 def rewrite(
@@ -27,7 +27,7 @@ def rewrite(
 
     Args:
         source: hub id, local folder, `.gguf` or `.pt` file, or built-in name.
-        out: folder to write; must not exist unless `overwrite`.
+        out: folder to write; with `overwrite`, a checkpoint that redepth wrote may be there.
         dtype: `float32`, `bfloat16` or `float16`; as it is by default.
         on_tensor: called with (tensors done, tensors in all).
 
@@ -47,7 +47,7 @@ def rewrite(
         raise RedepthError(
             f"source {source.name!r} holds tensor {name!r}, which a {type(model).__name__} has no place for"
         )
-    with whole_folder(Path(out), overwrite) as folder:
+    with CheckpointFolder(out).replacing(overwrite, [source.location]) as folder:
         tensors = ((name, source.read(name).to(wanted)) for name in names)
         write_shards(tensors, folder, len(names), max_shard_size, on_tensor)
         source.config.architectures = [type(model).__name__]

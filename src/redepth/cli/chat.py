@@ -4,6 +4,10 @@ from typing import Annotated, Any
 
 import typer
 
+import redepth
+from redepth import api
+from redepth.errors import RedepthError
+
 from .console import Checkpoint, Device, Dtype, hush_libraries, results
 
 HELP = "/steps N changes the depth, /reset forgets the conversation, /quit ends it."
@@ -11,11 +15,13 @@ HELP = "/steps N changes the depth, /reset forgets the conversation, /quit ends 
 
 def command(
     checkpoint: Checkpoint,
-    num_steps: Annotated[int | None, typer.Option(help="Passes through the core; as trained by default.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens in an answer.")] = 256,
+    num_steps: Annotated[
+        int | None, typer.Option(help="Passes through the core; the checkpoint's default where not given.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens in an answer.")] = 256,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     dtype: Dtype = "auto",
-    device: Device = "cpu",
+    device: Device = "auto",
 ) -> None:
     """Talk to a model through its chat template, at a depth you can change between answers.
 
@@ -24,14 +30,10 @@ def command(
     hush_libraries()
     from transformers import TextStreamer
 
-    from redepth.checkpoint.load import load, load_tokenizer
-    from redepth.errors import RedepthError
-    from redepth.modeling.depth import split_num_steps
-
     if num_steps is not None:
-        split_num_steps(num_steps)
-    model: Any = load(checkpoint, dtype, device)
-    tokenizer = load_tokenizer(checkpoint)
+        redepth.DepthPolicy.resolve(api.read_config(checkpoint), num_steps=num_steps)
+    model: Any = api.load(checkpoint, dtype, device)
+    tokenizer = api.load_tokenizer(checkpoint)
     if not tokenizer.chat_template:
         raise RedepthError(f"{checkpoint} has no chat template; use redepth generate")
     depth = num_steps if num_steps is not None else model.config.default_num_steps
@@ -49,7 +51,7 @@ def command(
             messages = list(opening)
         elif said.startswith("/steps"):
             try:
-                depth = sum(split_num_steps(int(said.removeprefix("/steps"))))
+                depth = redepth.DepthPolicy.resolve(model.config, num_steps=int(said.removeprefix("/steps"))).num_steps
             except ValueError as error:
                 results.print(f"{error}; {HELP}", style="red")
         elif said.startswith("/"):

@@ -7,6 +7,9 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from redepth import api
+from redepth.errors import RedepthError
+
 from .console import (
     AsJson,
     Checkpoint,
@@ -36,7 +39,7 @@ def command(
     seed: Annotated[int, typer.Option(help="Of the problems.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for tasks.json and a heat map of each task.")] = None,
     dtype: Dtype = "auto",
-    device: Device = "cpu",
+    device: Device = "auto",
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -45,31 +48,24 @@ def command(
     Example: redepth eval ./out --tasks 'task:iterate?depth=1-8' --num-steps 1,2,4,8,16
     """
     hush_libraries()
-    from redepth.evaluation.tasks import evaluate_task
-
     depths = parse_depths(num_steps)
     threshold: float | str = "auto" if exit_threshold == "auto" else _number(exit_threshold)
-    found = []
-    for spec in tasks or [None]:  # type: ignore[list-item]
-        with progress_bar(quiet or as_json) as update:
-            found.append(
-                evaluate_task(
-                    checkpoint,
-                    spec,
-                    depths,
-                    criterion,
-                    threshold,
-                    limit,
-                    seed,
-                    dtype,
-                    device,
-                    on_batch=lambda done, total: update("evaluate", done / total),
-                )
-            )
-    if out is not None:
-        write_evaluations(found, out)
-        if not quiet:
-            remarks.print(f"written to {out}")
+    with progress_bar(quiet or as_json) as update:
+        found = api.evaluate(
+            checkpoint,
+            tasks,
+            num_steps=depths,
+            criterion=criterion,
+            exit_threshold=threshold,
+            limit=limit,
+            seed=seed,
+            dtype=dtype,
+            device=device,
+            out=out,
+            on_progress=update,
+        )
+    if out is not None and not quiet:
+        remarks.print(f"written to {out}")
     if as_json:
         print_json([one.as_dict() for one in found])
         return
@@ -90,8 +86,6 @@ def parse_depths(text: str) -> list[int]:
     Raises:
         RedepthError: for anything else.
     """
-    from redepth.errors import RedepthError
-
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdigit() and int(part) > 0 for part in parts):
         raise RedepthError(f"--num-steps takes whole numbers from 1 up with commas between them, got {text!r}")
@@ -99,8 +93,6 @@ def parse_depths(text: str) -> list[int]:
 
 
 def _number(text: str) -> float:
-    from redepth.errors import RedepthError
-
     try:
         return float(text)
     except ValueError:
@@ -133,25 +125,3 @@ def accuracy_table(found: Any) -> Table:
             cells += [f"{found.exits.mean_steps[number]:.1f}", f"{100 * found.exits.accuracy[number]:.0f}"]
         table.add_row(f"{difficulty}{star}", str(found.answers[number]), *cells)
     return table
-
-
-def write_evaluations(found: list[Any], out: Path) -> None:
-    """`tasks.json` with all of them, and a heat map of each, named after its task."""
-    import re
-
-    from redepth.analysis.plots import plot_accuracy_by_depth
-    from redepth.checkpoint.folder import write_json
-
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "tasks.json", [one.as_dict() for one in found])
-    for one in found:
-        name = re.sub(r"\W+", "-", one.task.removeprefix("task:")).strip("-")
-        plot_accuracy_by_depth(
-            one.accuracy,
-            one.difficulties,
-            one.num_steps,
-            out / f"{name}.png",
-            f"{one.task}: accuracy by difficulty and steps",
-            one.trained_most or None,
-            one.exits.mean_steps if one.exits is not None else None,
-        )

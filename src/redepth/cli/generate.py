@@ -6,6 +6,10 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+import redepth
+from redepth import api
+from redepth.errors import RedepthError
+
 from .console import AsJson, Checkpoint, Device, Dtype, Quiet, hush_libraries, print_json, remarks, results
 
 # From few steps to many.
@@ -23,22 +27,24 @@ def command(
     checkpoint: Checkpoint,
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     num_steps: Annotated[
-        list[int] | None, typer.Option(help="Passes through the core; give it several times to compare depths.")
+        list[int] | None, typer.Option(help="Passes through the core; repeat the flag to compare depths.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add.")] = 40,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to add.")] = 40,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens with this mass.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     criterion: Annotated[
         str | None, typer.Option(help="Adaptive exit: kl, entropy-diff, latent-diff, cosine or argmax-stability.")
     ] = None,
     exit_threshold: Annotated[
         str,
         typer.Option(
-            help="Of the criterion or the sampler: a number, auto for its default, or 99% or 95% as calibrated."
+            help="Threshold of the criterion or sampler: a number, auto for its default, or 99% or 95% as calibrated."
         ),
     ] = "auto",
-    min_steps: Annotated[int | None, typer.Option(help="Steps that every token runs under a criterion.")] = None,
+    min_steps: Annotated[
+        int | None, typer.Option(help="With --criterion: steps that every token runs at least.")
+    ] = None,
     show_steps: Annotated[bool, typer.Option("--show-steps", help="Colour each token by the steps it took.")] = False,
     continuous_compute: Annotated[
         bool, typer.Option("--continuous-compute", help="Start each token from the state of the one before.")
@@ -49,16 +55,18 @@ def command(
     draft_steps: Annotated[
         int | None, typer.Option(help="Draft tokens at this depth and verify them at num_steps: the same text, sooner.")
     ] = None,
-    draft_tokens: Annotated[int | None, typer.Option(help="Tokens drafted at a time; adapted by default.")] = None,
+    draft_tokens: Annotated[
+        int | None, typer.Option(help="Tokens drafted at a time; by default it follows how many were accepted.")
+    ] = None,
     sampler: Annotated[
         str | None, typer.Option(help="wavefront: many tokens advance at once; not lossless, reports its agreement.")
     ] = None,
-    headway: Annotated[int | None, typer.Option(help="Wavefront: places opened at each pass.")] = None,
-    inner_steps: Annotated[int | None, typer.Option(help="Wavefront: steps between two looks at the tokens.")] = None,
-    noise_mix: Annotated[float | None, typer.Option(help="Wavefront: share of fresh state mixed in.")] = None,
-    max_wavefront: Annotated[int | None, typer.Option(help="Wavefront: most places open at once.")] = None,
+    headway: Annotated[int | None, typer.Option(help="Wavefront: positions opened in each pass.")] = None,
+    inner_steps: Annotated[int | None, typer.Option(help="Wavefront: steps of the core in each pass.")] = None,
+    noise_mix: Annotated[float | None, typer.Option(help="Wavefront: share of fresh initial state mixed in.")] = None,
+    max_wavefront: Annotated[int | None, typer.Option(help="Wavefront: maximum number of open positions.")] = None,
     dtype: Dtype = "auto",
-    device: Device = "cpu",
+    device: Device = "auto",
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -71,10 +79,6 @@ def command(
     hush_libraries()
     import torch
     from transformers import TextStreamer
-
-    from redepth.checkpoint.load import load, load_tokenizer, read_config
-    from redepth.errors import RedepthError
-    from redepth.modeling.decoding import choose_decoding
 
     given = {
         "criterion": criterion,
@@ -91,7 +95,7 @@ def command(
         "max_wavefront": max_wavefront,
         "report_agreement": True if sampler else None,
     }
-    policy = {name: value for name, value in given.items() if value is not None}
+    policy: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     of_the_sampler = ("headway", "inner_steps", "noise_mix", "max_wavefront")
     for name in (*of_the_sampler, "min_steps"):
         needed = "--sampler wavefront" if name in of_the_sampler else "--criterion"
@@ -101,12 +105,12 @@ def command(
         raise RedepthError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
     if temperature < 0 or not 0 < top_p <= 1:
         raise RedepthError(f"--temperature {temperature} and --top-p {top_p} must be ≥ 0 and in (0, 1]")
-    config, _ = read_config(checkpoint)
+    config = api.read_config(checkpoint)
     depths = num_steps or [config.default_num_steps]
     for depth in depths:
-        choose_decoding(config, policy | {"num_steps": depth})
-    model: Any = load(checkpoint, dtype, device)
-    tokenizer = load_tokenizer(checkpoint)
+        redepth.DepthPolicy.resolve(config, **policy, num_steps=depth)
+    model: Any = api.load(checkpoint, dtype, device)
+    tokenizer = api.load_tokenizer(checkpoint)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     start = inputs["input_ids"].shape[1]
     if start == 0:

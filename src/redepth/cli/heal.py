@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 import typer
 from rich.table import Table
 
-from redepth.healing.recipe import HealRecipe, read_heal_recipe
+from redepth import HealRecipe, api
 
-from .console import AsJson, Quiet, hush_libraries, loss_table, print_json, progress_bar, remarks, results
+from .console import AsJson, Checkpoint, Quiet, hush_libraries, loss_table, print_json, progress_bar, remarks, results
 
 if TYPE_CHECKING:
     from redepth.healing.preflight import Preflight
@@ -77,7 +77,7 @@ def with_recipe_flags(command: Any) -> Any:
         kind = _flag_type(field.annotation)
         if kind is not None:
             shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-            default = "" if shown is None else f" [dim]\\[{shown}][/]"
+            default = "" if shown is None else f" \\[default: {shown}]"
             flag = f"--{name.replace('_', '-')}"
             names = (f"{flag}/--no-{flag.removeprefix('--')}",) if kind is bool else (flag,)
             option = typer.Option(*names, help=f"{field.description}{default}", rich_help_panel="Recipe")
@@ -92,34 +92,35 @@ def with_recipe_flags(command: Any) -> Any:
 
 @with_recipe_flags
 def command(
-    checkpoint: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a recurrent checkpoint.")],
+    checkpoint: Checkpoint,
     recipe: Annotated[Path | None, typer.Option(help="YAML file with a section 'heal'.")] = None,
     to: Annotated[Path | None, typer.Option(help="Write the healed model here instead of in place.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the run will be, and stop.")] = False,
+    further: Annotated[
+        bool, typer.Option("--further", help="Heal in place what is healed already; the records of all runs are kept.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Describe the run, and stop before it trains.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     **changes: Any,
 ) -> None:
     """Train a recurrent model so that it makes use of its depth.
 
-    Flags go over the recipe; docs/healing.md has the rules. An interrupted run goes on when the same command is given
-    again.
+    Flags override the recipe; docs/healing.md explains both. To resume an interrupted run, run the same command again.
 
     Example: redepth heal ./smollm2-recurrent --data python-docs --recipe recipes/demo.yaml
     """
     hush_libraries()
-    from redepth.healing.heal import heal, plan_healing
-
-    settings = read_heal_recipe(recipe, **changes)
     if os.environ.get("RANK", "0") != "0":
         as_json, quiet = False, True  # one process speaks for all
     with progress_bar(quiet) as update:
         listen = listener(update, quiet)
         if dry_run:
-            plan = plan_healing(checkpoint, settings, listen)
+            plan = api.plan_healing(checkpoint, recipe, on_progress=listen, **changes)
         else:
-            silent = quiet or as_json
-            healing = heal(checkpoint, settings, to, listen, None if silent else show_preflight)
+            told = None if quiet or as_json else show_preflight
+            healing = api.heal(
+                checkpoint, recipe, to, further=further, on_progress=listen, on_preflight=told, **changes
+            )
     if dry_run:
         print_json(asdict(plan)) if as_json else show_preflight(plan)
     elif as_json:

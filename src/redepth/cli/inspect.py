@@ -1,9 +1,11 @@
 """redepth inspect"""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+
+from redepth import api
 
 from .console import AsJson, Checkpoint, hush_libraries, print_json, results
 
@@ -11,10 +13,10 @@ from .console import AsJson, Checkpoint, hush_libraries, print_json, results
 def command(
     checkpoint: Checkpoint,
     num_steps: Annotated[
-        list[int] | None, typer.Option(help="Depths to give the cache's bytes for; several times for several.")
+        list[int] | None, typer.Option(help="Depth to give the size of the cache for; repeat the flag for several.")
     ] = None,
     cache_rule: Annotated[
-        str | None, typer.Option(help="Rule to give them under, such as latest+ring-4; the checkpoint's by default.")
+        str | None, typer.Option(help="Cache rule to give it for, such as latest+ring-4; the checkpoint's by default.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -23,16 +25,8 @@ def command(
     Example: redepth inspect ./smollm2-recurrent --num-steps 8
     """
     hush_libraries()
-    from redepth.analysis.inspect import inspect
-    from redepth.modeling.cache import parse_cache_rule
-    from redepth.modeling.depth import split_num_steps
-
-    if cache_rule is not None:
-        parse_cache_rule(cache_rule)
-    for steps in num_steps or []:
-        split_num_steps(steps)
-    chosen = {"depths": tuple(num_steps)} if num_steps else {}
-    report = inspect(checkpoint, cache_rule=cache_rule, **chosen)
+    chosen: dict[str, Any] = {"num_steps": num_steps} if num_steps else {}
+    report = api.inspect(checkpoint, cache_rule=cache_rule, **chosen)
     if as_json:
         print_json(report)
         return

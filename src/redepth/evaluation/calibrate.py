@@ -1,6 +1,5 @@
 """Choosing r: what each step of depth buys, measured once and kept in the checkpoint."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from redepth.checkpoint.card import write_card
-from redepth.checkpoint.folder import write_json
+from redepth.checkpoint.folder import CONFIG_FILE, CheckpointFolder, local_checkpoint, read_json, write_json
 from redepth.checkpoint.load import load
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthForCausalLM
@@ -54,10 +53,7 @@ def measure_depths(
     """
     found = Measurement(*torch.zeros(2, most_steps, dtype=torch.float64))
     for row, ids in enumerate(tokens.to(model.device).split(1), 1):
-        embedded, _ = model.embed_inputs(ids)
-        states = [model.initialize_state(embedded)]
-        for _ in range(most_steps):
-            states.append(model.iterate_one_step(embedded, states[-1])[0])
+        states = list(model.states_by_step(ids, most_steps))
 
         def logits_after(step: int) -> torch.Tensor:
             logits = model.predict_from_latents(states[step]).logits  # noqa: B023
@@ -89,7 +85,7 @@ def measure_depths(
 
 
 def exit_steps(test: ExitTest, course: torch.Tensor, threshold: float) -> torch.Tensor:
-    """The step after which each token leaves, as `ExitPolicy` decides it.
+    """The step after which each token leaves, as `ExitTracker` decides it.
 
     Args:
         course: `[R − 1, tokens]`, the test's measure at steps 2 … R.
@@ -187,7 +183,7 @@ def calibrate(
     data: str,
     most_steps: int | None = None,
     dtype: str = "auto",
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     on_row: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measure a checkpoint at every depth and store the result in its config, as `depth_profile`.
@@ -206,9 +202,7 @@ def calibrate(
     Raises:
         RedepthError: for a checkpoint that is not a local folder, or most_steps below 2.
     """
-    folder = Path(checkpoint)
-    if not (folder / "config.json").is_file():
-        raise RedepthError(f"checkpoint {str(checkpoint)!r} is not a local folder; calibration writes into it")
+    folder = local_checkpoint(checkpoint)
     model: Any = load(checkpoint, dtype, device)
     if not isinstance(model, RecurrentDepthForCausalLM):
         raise RedepthError(f"checkpoint {str(checkpoint)!r} has no depth to calibrate; convert it first")
@@ -216,7 +210,7 @@ def calibrate(
     if steps < 2:
         raise RedepthError(f"most_steps must be at least 2, got {steps}; there is nothing to compare")
     profile = depth_profile(measure_depths(model, tokens, steps, on_row), data)
-    file = folder / "config.json"
-    write_json(file, json.loads(file.read_text(encoding="utf-8")) | {"depth_profile": profile})
-    write_card(folder)
+    with CheckpointFolder(folder).updating() as stage:
+        write_json(stage / CONFIG_FILE, (read_json(folder / CONFIG_FILE) or {}) | {"depth_profile": profile})
+        write_card(stage, base=folder)
     return profile

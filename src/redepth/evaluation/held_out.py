@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from redepth.checkpoint.folder import read_recipe
 from redepth.checkpoint.load import load
-from redepth.surgery.sources import open_source
+from redepth.checkpoint.sources import recorded_source
 
 from .loss import loss_by_depth
 
@@ -47,6 +46,7 @@ def evaluate_held_out(
     data: str,
     depths: Sequence[int],
     on_row: Callable[[int, int], None] | None = None,
+    device: str | torch.device = "auto",
 ) -> Evaluation:
     """Losses of a checkpoint at each of `depths` and of its source, both in the precision they are saved in.
 
@@ -54,13 +54,12 @@ def evaluate_held_out(
         tokens: `[rows, tokens]`, without padding.
         on_row: called with (rows done, rows in all) for the checkpoint.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = load(folder, device=device)
     loss = loss_by_depth(model, tokens, depths, on_row=on_row)
-    dtype = model.dtype
+    dtype, model_device = model.dtype, model.device
     del model
-    source = read_recipe(folder).get("convert", {}).get("source")
+    source = recorded_source(folder)
     source_loss = None
     if source is not None:
-        source_loss = next_token_loss(open_source(source).reference_model().to(device, dtype), tokens)
+        source_loss = next_token_loss(source.reference_model().to(model_device, dtype), tokens)
     return Evaluation(data, tokens.shape[0], tokens.numel(), loss, source_loss)

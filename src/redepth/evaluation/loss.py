@@ -35,10 +35,7 @@ def loss_by_depth(
     totals = dict.fromkeys(depths, 0.0)
     for start in range(0, len(tokens), batch_size):
         ids = tokens[start : start + batch_size].to(model.device)
-        embedded, _ = model.embed_inputs(ids)
-        state = model.initialize_state(embedded)
-        for step in range(1, max(depths) + 1):
-            state, _, _ = model.iterate_one_step(embedded, state)
+        for step, state in enumerate(model.states_by_step(ids, max(depths))):
             if step in totals:
                 logits = model.predict_from_latents(state).logits
                 assert logits is not None

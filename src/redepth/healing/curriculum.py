@@ -2,7 +2,7 @@
 
 import torch
 
-from redepth.modeling.depth import sample_num_steps
+from redepth.modeling.policy import sample_num_steps
 
 from .recipe import HealRecipe
 

@@ -6,13 +6,15 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from redepth.checkpoint.folder import read_recipe
 from redepth.checkpoint.load import load_tokenizer
+from redepth.checkpoint.sources import Source, open_source, recorded_source
 from redepth.errors import RedepthError
 from redepth.modeling.loss import TokenLoss, cross_entropy_of_tokens
-from redepth.surgery.sources import open_source
 
 from .recipe import HealRecipe
+
+# What families call the bound that their logits are squeezed into: Gemma 2 and 3, RecurrentGemma.
+SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
 
 
 class Teacher:
@@ -26,7 +28,8 @@ class Teacher:
         self.model = model.eval().requires_grad_(False)
         self.mix = mix
         self.temperature = temperature
-        self.soft_cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        config = model.config.get_text_config()
+        self.soft_cap = next((cap for name in SOFT_CAPS if (cap := getattr(config, name, None))), None)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self.model.get_output_embeddings()(hidden).float()
@@ -50,18 +53,29 @@ class Teacher:
         return loss
 
 
-def open_teacher(folder: Path, recipe: HealRecipe, vocab_size: int, dtype: torch.dtype) -> Teacher:
+def teacher_source(folder: Path, recipe: HealRecipe) -> Source:
     """The recipe's teacher, or the source that the checkpoint was converted from.
 
     Raises:
-        RedepthError: where there is none, or its vocabulary is another one.
+        RedepthError: where there is none.
     """
-    name = recipe.teacher or read_recipe(folder).get("convert", {}).get("source")
-    if name is None:
+    source = open_source(recipe.teacher) if recipe.teacher else recorded_source(folder)
+    if source is None:
         raise RedepthError(f"{folder} was not converted from a source to distil from; name one with --teacher")
-    source = open_source(name)
+    return source
+
+
+def open_teacher(folder: Path, recipe: HealRecipe, vocab_size: int, dtype: torch.dtype) -> Teacher:
+    """The teacher's model.
+
+    Raises:
+        RedepthError: as `teacher_source`, or where its vocabulary is another one.
+    """
+    source = teacher_source(folder, recipe)
     own = load_tokenizer(folder)
     differs = source.tokenizer is not None and source.tokenizer.get_vocab() != own.get_vocab()
     if differs or source.config.get_text_config().vocab_size != vocab_size:
-        raise RedepthError(f"teacher {name!r} has another vocabulary than {folder}; use one with the same tokenizer")
+        raise RedepthError(
+            f"teacher {source.name!r} has another vocabulary than {folder}; use one with the same tokenizer"
+        )
     return Teacher(source.reference_model().to(dtype), recipe.distill, recipe.temperature)

@@ -16,13 +16,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
-from redepth.analysis.cost import count_parameters, training_flops_per_token
-from redepth.checkpoint.folder import whole_folder, write_recipe
+from redepth.checkpoint.cost import count_parameters, training_flops_per_token
+from redepth.checkpoint.folder import CheckpointFolder, write_recipe
 from redepth.data.tasks import IGNORED, ArrayTask, TaskBatch
 from redepth.data.tasks.arrays import END
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthConfig, RecurrentDepthForCausalLM
-from redepth.modeling.depth import sample_num_steps
+from redepth.modeling.policy import sample_num_steps
 
 from .optim import MuonWithAdamW, is_inner_matrix
 
@@ -69,7 +69,7 @@ class TrainingRecord:
     """
     Attributes:
         tokens: that the layers read, answers asked for in one pass or several counted once.
-        flops: of the layers, as `analysis.cost` counts them.
+        flops: of the layers, as `checkpoint.cost` counts them.
         most_steps: the deepest r that training ran.
     """
 
@@ -233,7 +233,7 @@ def save_task_model(
     Raises:
         RedepthError: if `out` exists and `overwrite` is off.
     """
-    with whole_folder(Path(out), overwrite) as folder:
+    with CheckpointFolder(out).replacing(overwrite) as folder:
         model.save_pretrained(folder)
         word_tokenizer(task).save_pretrained(folder)
         made: dict[str, Any] = {"task": task.spec, **asdict(training), **asdict(record)}

@@ -1,37 +1,20 @@
 """Which parameters train, and the optimiser that trains them."""
 
-import importlib.util
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthForCausalLM
+from redepth.modeling.configuration import GROUP_MODULES
 
 from .recipe import HealRecipe
 
-MODULE_OF_GROUP = {"prelude": "prelude", "core": "core_block", "coda": "coda"}
 LAYER_MATRICES = ("Wqkv", "proj", "fc", "linear_x", "linear_y", "linear_out")
-# Package that a name in TrainingArguments.optim needs, by a part of the name; the first that fits counts.
-PACKAGE_OF_OPTIMIZER = {
-    "torch_8bit": "torchao",
-    "torch_4bit": "torchao",
-    "galore": "galore_torch",
-    "apollo": "apollo_torch",
-    "8bit": "bitsandbytes",
-    "32bit": "bitsandbytes",
-    "bnb": "bitsandbytes",
-    "ademamix": "bitsandbytes",
-    "adalomo": "lomo_optim",
-    "lomo": "lomo_optim",
-    "grokadamw": "grokadamw",
-    "schedule_free": "schedulefree",
-    "anyprecision": "torchdistx",
-    "stable_adamw": "optimi",
-}
 
 
 def set_trainable(model: RecurrentDepthForCausalLM, recipe: HealRecipe) -> nn.Module:
@@ -45,7 +28,7 @@ def set_trainable(model: RecurrentDepthForCausalLM, recipe: HealRecipe) -> nn.Mo
     if recipe.train != "all":
         model.requires_grad_(False)
         for part in recipe.train.split("+"):
-            model.transformer["core_block" if part == "core" else part].requires_grad_(True)
+            model.transformer[GROUP_MODULES[part]].requires_grad_(True)
     return model
 
 
@@ -56,9 +39,9 @@ def _with_lora(model: RecurrentDepthForCausalLM, recipe: HealRecipe) -> nn.Modul
     except ImportError:
         raise RedepthError("train: lora needs the package peft; run: pip install redepth[lora]") from None
     for group in recipe.lora_groups:
-        if not len(model.transformer[MODULE_OF_GROUP[group]]):  # type: ignore[arg-type]
+        if not len(model.transformer[GROUP_MODULES[group]]):  # type: ignore[arg-type]
             raise RedepthError(f"lora_groups names {group!r}, but this model has no layers there")
-    groups = "|".join(MODULE_OF_GROUP[group] for group in recipe.lora_groups)
+    groups = "|".join(GROUP_MODULES[group] for group in recipe.lora_groups)
     settings = LoraConfig(
         r=recipe.lora_rank,
         lora_alpha=recipe.lora_alpha,  # type: ignore[arg-type]
@@ -78,19 +61,27 @@ def trainer_optimizer_name(recipe: HealRecipe) -> str:
     """The recipe's optimiser as `TrainingArguments.optim` names it; `muon` is built by `MuonWithAdamW` instead.
 
     Raises:
-        RedepthError: for an unknown name, or one whose package is not installed.
+        RedepthError: for an unknown name.
     """
     if recipe.optimizer in ("adamw", "muon"):
         return OptimizerNames.ADAMW_TORCH_FUSED.value
     known = [name.value for name in OptimizerNames]
     if recipe.optimizer not in known:
         raise RedepthError(f"optimizer {recipe.optimizer!r} is unknown; use adamw, muon, or one of {', '.join(known)}")
-    package = next((package for part, package in PACKAGE_OF_OPTIMIZER.items() if part in recipe.optimizer), None)
-    if package is not None and importlib.util.find_spec(package) is None:
-        raise RedepthError(
-            f"optimizer {recipe.optimizer!r} needs the package {package}; install it, or use adamw or muon"
-        )
     return recipe.optimizer
+
+
+def check_optimizer(recipe: HealRecipe, arguments: TrainingArguments, model: Any) -> None:
+    """Whether Trainer can make the recipe's optimiser.
+
+    Raises:
+        RedepthError: where its package is not installed, or it wants settings that a recipe does not have.
+    """
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    except (ImportError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise RedepthError(f"optimizer {recipe.optimizer!r} can't be used: {said}; or use adamw or muon") from None
 
 
 class MuonWithAdamW(torch.optim.Optimizer):

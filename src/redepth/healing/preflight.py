@@ -7,32 +7,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from redepth.analysis.cost import count_parameters, training_flops_per_token
+from redepth.checkpoint.cost import count_parameters, training_flops_per_token
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthConfig
-from redepth.modeling.loss import LOGITS_AT_ONCE
 
 from .curriculum import depth_of_step
 from .distillation import Teacher
-from .optim import is_inner_matrix
+from .memory import Memory, memory_of, peak_bytes
 from .recipe import HealRecipe
 
-FP32_BYTES = 4
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one process that holds the whole model; the activations are those of its deepest micro-batch."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    teacher: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.teacher
+MOST_DEPTHS = 20_000  # drawn beforehand, which takes a second
 
 
 @dataclass(frozen=True)
@@ -58,8 +42,13 @@ class Preflight:
 
 
 def depths_of_run(recipe: HealRecipe) -> list[tuple[int, int]]:
-    """(steps without, steps with gradient) of every optimiser step, as they will be drawn if no time limit ends it."""
-    return [depth_of_step(recipe, step, step / recipe.max_steps) for step in range(recipe.max_steps)]
+    """(steps without, steps with gradient) of every optimiser step, as they will be drawn if no time limit ends it.
+
+    Of a longer run, those of MOST_DEPTHS steps spread evenly over it.
+    """
+    number = min(recipe.max_steps, MOST_DEPTHS)
+    steps = [place * recipe.max_steps // number for place in range(number)]
+    return [depth_of_step(recipe, step, step / recipe.max_steps) for step in steps]
 
 
 def parameters_by_part(model: nn.Module) -> tuple[dict[str, int], dict[str, int]]:
@@ -75,42 +64,31 @@ def parameters_by_part(model: nn.Module) -> tuple[dict[str, int], dict[str, int]
     return sums
 
 
-class _SavedBytes:
-    """Counts what a forward pass keeps for the backward pass, weights left out."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._weights = {tuple(sorted(parameter.shape)) for parameter in model.parameters()}
-        self._sizes: dict[int, int] = {}
-
-    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-        if tuple(sorted(tensor.shape)) not in self._weights:
-            storage = tensor.untyped_storage()
-            self._sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    @property
-    def total(self) -> int:
-        return sum(self._sizes.values())
-
-
 def _pass(
     model: nn.Module, batch: dict[str, Any], num_steps: tuple[int, int], teacher: Teacher | None, bf16: bool
-) -> tuple[float, int]:
-    """Seconds and saved bytes of one forward and backward pass."""
+) -> float:
+    """Seconds of one forward and backward pass.
+
+    Raises:
+        RedepthError: for a loss that is not finite.
+    """
     device = next(model.parameters()).device
     batch = {key: value.to(device) for key, value in batch.items()}
-    saved = _SavedBytes(model)
     started = time.monotonic()
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
         extra: dict[str, Any] = {}
         if teacher is not None:
             extra["token_loss"] = teacher.token_loss(batch["input_ids"], batch.get("position_ids"))
-        with torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor):
-            loss = model(**batch, num_steps=num_steps, loss_only=True, use_cache=False, **extra).loss
+        loss = model(**batch, num_steps=num_steps, loss_only=True, use_cache=False, **extra).loss
     loss.backward()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.monotonic() - started, saved.total
+    if not torch.isfinite(loss):
+        raise RedepthError(
+            f"the first rows of training text have loss {loss.item()} after {sum(num_steps)} steps, before anything is "
+            "trained; try precision fp32, or another plan or adapter"
+        )
+    return time.monotonic() - started
 
 
 def check_gradients(model: nn.Module) -> None:
@@ -143,7 +121,7 @@ def preflight(
     Args:
         model: as it will be trained.
         batch: one micro-batch, as the loader gives it.
-        measure: time passes and count what they hold; without it one short row checks the gradients.
+        measure: time passes and measure what they hold; without it one short row checks the gradients.
 
     Raises:
         RedepthError: for a trainable parameter that gets no gradient.
@@ -154,16 +132,20 @@ def preflight(
     deepest = max(with_gradient for _, with_gradient in depths)
     seconds = memory = None
     if measure:
-        _pass(model, batch, (0, 1), teacher, bf16)  # the first pass is slower than the rest
+        _pass(model, batch, (0, 1), teacher, bf16)  # the first pass is slower than the rest, and makes the gradients
         check_gradients(model)
-        shallow_seconds, shallow_bytes = _pass(model, batch, (0, 1), teacher, bf16)
-        deep_seconds, deep_bytes = _pass(model, batch, (0, deepest), teacher, bf16) if deepest > 1 else (0.0, 0)
+        device = next(model.parameters()).device
+        activations = peak_bytes(lambda: _pass(model, batch, (0, deepest), teacher, bf16), device)
+        memory = memory_of(model, recipe, activations, teacher)
+        shallow_seconds = _pass(model, batch, (0, 1), teacher, bf16)
+        deep_seconds = _pass(model, batch, (0, deepest), teacher, bf16) if deepest > 1 else 0.0
         per_step = max(deep_seconds - shallow_seconds, 0.0) / max(deepest - 1, 1)
         micro_batches = recipe.batch_size / (len(batch["input_ids"]) * processes)
-        seconds = micro_batches * sum(
-            shallow_seconds + per_step * (with_gradient - 1 + without / 3) for without, with_gradient in depths
+        seconds = (
+            (recipe.max_steps / len(depths))
+            * micro_batches
+            * sum(shallow_seconds + per_step * (with_gradient - 1 + without / 3) for without, with_gradient in depths)
         )
-        memory = _memory(model, recipe, max(shallow_bytes, deep_bytes), teacher)
     else:
         row = {key: value[:1, :8] for key, value in batch.items()}
         _pass(model, row, (0, 1), teacher, bf16)
@@ -178,27 +160,12 @@ def preflight(
         tokens=recipe.max_steps * tokens_per_step,
         steps=recipe.max_steps,
         mean_steps=sum(map(sum, depths)) / len(depths),
-        flops=tokens_per_step * sum(training_flops_per_token(count, *depth) for depth in depths),
+        flops=(recipe.max_steps / len(depths))
+        * tokens_per_step
+        * sum(training_flops_per_token(count, *depth) for depth in depths),
         seconds=seconds,
         memory=memory,
         trainable=trainable,
         frozen=frozen,
         loss_before=loss_before,
-    )
-
-
-def _memory(model: nn.Module, recipe: HealRecipe, activations: int, teacher: Teacher | None) -> Memory:
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradients = FP32_BYTES * sum(parameter.numel() for parameter in trainable)
-    # AdamW keeps two moments; Muon one, for its matrices.
-    matrices = [p for name, p in model.named_parameters() if p.requires_grad and is_inner_matrix(name, p)]
-    momentum_only = sum(matrix.numel() for matrix in matrices) if recipe.optimizer == "muon" else 0
-    # The logits of a few tokens, their softmax and its gradient.
-    logits = 3 * FP32_BYTES * LOGITS_AT_ONCE
-    return Memory(
-        weights=sum(parameter.nbytes for parameter in model.parameters()),
-        gradients=gradients,
-        optimizer=2 * gradients - FP32_BYTES * momentum_only,
-        activations=activations + logits,
-        teacher=sum(parameter.nbytes for parameter in teacher.model.parameters()) if teacher is not None else 0,
     )

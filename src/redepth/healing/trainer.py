@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import CONFIG_NAME
 
 from redepth.checkpoint.folder import read_json
-from redepth.data.rows import TrainingRows
+from redepth.data.mixture import TrainingRows
 from redepth.errors import RedepthError, first_line
 from redepth.evaluation.loss import loss_by_depth
 from redepth.modeling import RecurrentDepthForCausalLM
@@ -31,7 +31,7 @@ from .checkpoints import RUN_FILE, seal
 from .curriculum import depth_of_step, learning_rate_factor, mean_recurrence
 from .distillation import Teacher
 from .guard import SpikeGuard
-from .optim import muon_with_adamw, trainer_optimizer_name, without_lora
+from .optim import muon_with_adamw, set_trainable, trainer_optimizer_name, without_lora
 from .recipe import HealRecipe
 
 
@@ -277,10 +277,10 @@ class HealTrainer(Trainer):
             self.accelerator.unwrap_model(self.model),
             options=StateDictOptions(full_state_dict=True, cpu_offload=True),
         )
-        model = RecurrentDepthForCausalLM(self.plain_model().config)
+        model = set_trainable(RecurrentDepthForCausalLM(self.plain_model().config), self.recipe)
         if self.args.should_save:  # the others are given nothing
             model.load_state_dict(weights)
-        return model
+        return without_lora(model)
 
     def say(self, remark: str) -> None:
         self.on_progress(Progress("training", self.clock.progress, self.state.global_step, remark=remark))
@@ -312,8 +312,10 @@ class _HeldOutLosses(TrainerCallback):
 
 
 def use_memory_savers(model: RecurrentDepthForCausalLM, recipe: HealRecipe) -> None:
-    """Switch on what the recipe asks for inside the model; checkpointing by layer is Trainer's own switch."""
-    model.checkpoint_steps = recipe.activation_checkpointing == "step"
+    """Switch on what the recipe asks for inside the model, before anything is measured or run."""
+    model.transformer.checkpoint_steps = recipe.activation_checkpointing == "step"
+    if recipe.activation_checkpointing == "layer":
+        model.activation_checkpointing_enable()
     if recipe.compile:
         # Layer by layer: one compilation serves every step and depth, where the whole model would need one for each.
         for module in model.modules():
@@ -347,7 +349,6 @@ def training_arguments(recipe: HealRecipe, work: Path, bf16: bool) -> TrainingAr
             bf16=bf16,
             use_cpu=not torch.cuda.is_available(),
             optim=trainer_optimizer_name(recipe),
-            activation_checkpointing=recipe.activation_checkpointing == "layer",
             logging_steps=1,
             logging_nan_inf_filter=False,
             save_steps=recipe.save_every,

@@ -65,17 +65,19 @@ class ProcessorAttention(torch.autograd.Function):
         for start in range(0, tokens, QUERIES_AT_ONCE):
             stop = min(start + QUERIES_AT_ONCE, tokens)
             rows = stop - start
-            some, some_grad, some_common = (part[:, :, :, start:stop].flatten(2, 3) for part in (query, grad, common))
+            queries, queries_grad, queries_common = (
+                part[:, :, :, start:stop].flatten(2, 3) for part in (query, grad, common)
+            )
             keys, values = key[:, :, :stop], value[:, :, :stop]
-            scores = (some @ keys.transpose(2, 3)).unflatten(2, (per_group, rows))
+            scores = (queries @ keys.transpose(2, 3)).unflatten(2, (per_group, rows))
             if mask is None:
                 later = torch.ones(rows, rows, dtype=torch.bool, device=scores.device).triu(1)
                 scores[..., start:].masked_fill_(later, torch.finfo(scores.dtype).min)
             else:
                 scores.masked_fill_(~mask[:, :, None, start:stop, :stop], torch.finfo(scores.dtype).min)
             weights = torch.softmax(scores, dim=-1).flatten(2, 3)
-            value_grad[:, :, :stop] += weights.transpose(2, 3) @ some_grad
-            scores_grad = (some_grad @ values.transpose(2, 3)).sub_(some_common).mul_(weights)
-            key_grad[:, :, :stop] += scores_grad.transpose(2, 3) @ some
+            value_grad[:, :, :stop] += weights.transpose(2, 3) @ queries_grad
+            scores_grad = (queries_grad @ values.transpose(2, 3)).sub_(queries_common).mul_(weights)
+            key_grad[:, :, :stop] += scores_grad.transpose(2, 3) @ queries
             query_grad[:, :, :, start:stop] = (scores_grad @ keys).unflatten(2, (per_group, rows))
         return query_grad.mul_(ctx.scaling).flatten(1, 2), key_grad, value_grad, None, None

@@ -3,93 +3,25 @@
 Shapes: B batch, T new tokens, S stored and new tokens, D width, H query heads, G key/value heads, K head_dim.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention_backward import ProcessorAttention, gains_from_own_backward
-from .cache import RecurrentDepthCache, SomeTokens
-from .configuration import RECURRENCE, RecurrentDepthConfig
-from .lru_mixer import RecurrentBlock, Timeline, scan_on, times
-from .lru_slots import Columns, Written
-from .lru_state import align_right
+from .configuration import LRU_LAYER, RecurrentDepthConfig
+from .elementwise import RMSNorm, times
+from .lru_mixer import LruBlock, Timeline, scan_on
+from .lru_slots import TokenWrites
+from .passes import PassContext
+from .rotary import ROTATE
+from .tokens import TokenSubset, align_right
 
 
-@dataclass
-class PassContext:
-    """What every layer of one forward pass shares."""
-
-    masks: dict[str, Any]  # by attention type, as the attention implementation takes them
-    rotations: dict[str, tuple[torch.Tensor, torch.Tensor]]  # by attention type: cos and sin, [B, T, K/2] in fp32
-    cache: RecurrentDepthCache | None
-    position_ids: torch.Tensor  # [B, T]
-    some: SomeTokens | None = None  # the tokens of this call, where they are not all of the pass
-    steps_run: torch.Tensor | None = None  # [B, T], under a criterion: the steps that the tokens have run so far
-    columns: Columns | None = None  # how recurrent layers read the pass; None where there are none
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm, normalised in fp32 (Zhang and Sennrich 2019), with Gemma's (1 + w) as a switch."""
-
-    def __init__(self, width: int, config: RecurrentDepthConfig) -> None:
-        super().__init__()
-        self.eps = config.norm_eps
-        self.one_plus = config.norm_weight == "one_plus"
-        self.weight = nn.Parameter(torch.zeros(width) if self.one_plus else torch.ones(width))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        normed = x.float()
-        normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + self.eps)
-        if self.one_plus:
-            return (normed * (1.0 + self.weight.float())).to(x.dtype)
-        return normed.to(x.dtype) * self.weight
-
-
-def rotations(
-    config: RecurrentDepthConfig, position_ids: torch.Tensor, layer_type: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of the rotary angles (Su et al. 2021), each `[B, T, half the rotated channels]` in fp32."""
-    assert config.rope_parameters is not None and config.head_dim is not None
-    nested = layer_type in config.rope_parameters
-    parameters = config.rope_parameters[layer_type] if nested else config.rope_parameters
-    device, attention_factor = position_ids.device, 1.0
-    if parameters["rope_type"] == "default":
-        rotated = int(config.head_dim * parameters.get("partial_rotary_factor", 1.0))
-        channels = torch.arange(0, rotated, 2, device=device, dtype=torch.float32)
-        inverse_frequency = 1.0 / (parameters["rope_theta"] ** (channels / rotated))
-    else:
-        initialise = ROPE_INIT_FUNCTIONS[parameters["rope_type"]]
-        inverse_frequency, attention_factor = initialise(config, device, layer_type=layer_type if nested else None)
-    angles = position_ids[..., None].float() * inverse_frequency.float()
-    return angles.cos() * attention_factor, angles.sin() * attention_factor
-
-
-def rotate_half_style(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate channel i with channel i + half of those that turn; the others pass. `x` is `[B, heads, T, K]`."""
-    half = cos.shape[-1]
-    cos, sin = cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)
-    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
-
-
-def rotate_interleaved(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate channel 2i with channel 2i + 1, in fp32. `x` is `[B, heads, T, K]`."""
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).to(x.dtype)
-
-
-ROTATE: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "half": rotate_half_style,
-    "interleaved": rotate_interleaved,
-}
+def norm(config: RecurrentDepthConfig, width: int) -> RMSNorm:
+    """The family's norm over `width` channels."""
+    return RMSNorm(width, config.norm_eps, config.norm_weight == "one_plus")
 
 
 def eager_attention(
@@ -151,8 +83,8 @@ class Attention(nn.Module):
             self.qk_bias = nn.Parameter(torch.zeros(2, 1, config.n_heads, config.head_dim))
         if config.qk_norm is not None:
             full = config.qk_norm == "full"
-            self.q_norm = RMSNorm(self.q_width if full else self.head_dim, config)
-            self.k_norm = RMSNorm(self.kv_width if full else self.head_dim, config)
+            self.q_norm = norm(config, self.q_width if full else self.head_dim)
+            self.k_norm = norm(config, self.kv_width if full else self.head_dim)
 
     def forward(self, x: torch.Tensor, context: PassContext, step: int) -> torch.Tensor:
         """`x` is `[B, T, D]`; `step` counts from 1 in the core and is 0 elsewhere. Returns `[B, T, D]`."""
@@ -170,8 +102,10 @@ class Attention(nn.Module):
             cos, sin = context.rotations[self.layer_type]
             query, key = self.rotate(query, cos, sin), self.rotate(key, cos, sin)
         if context.cache is not None:
-            key, value = context.cache.update(key, value, self.layer_idx, step, context.some)
+            key, value = context.cache.update(key, value, self.layer_idx, step, context.subset)
         mask = context.masks[self.layer_type]
+        if context.wants("attention-map", self.layer_idx, step):
+            context.watched("attention-map", self.layer_idx, step, self._map(query, key, value, mask))
         if context.cache is None and gains_from_own_backward(self.config._attn_implementation, value, mask):
             # Norms of q and k widen them under autocast; v has the dtype of the products.
             query, key = query.to(value.dtype), key.to(value.dtype)
@@ -191,8 +125,17 @@ class Attention(nn.Module):
         )
         return self.proj(mixed.flatten(2))
 
+    def _map(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The probabilities `[B, H, T, S]`, which other attention than the eager one does not give."""
+        if mask is None:  # all is causal
+            new, stored = query.shape[2], key.shape[2]
+            mask = torch.ones(new, stored, dtype=torch.bool, device=query.device).tril(stored - new)[None, None]
+        return eager_attention(self, query, key, value, mask, self.scaling, **self.soft_cap)[1]
 
-class Recurrence(RecurrentBlock):
+
+class LruMixer(LruBlock):
     """Griffin's recurrent block in place of attention: recurrent in time, and in the core with a state for each step."""
 
     def __init__(self, config: RecurrentDepthConfig, layer: int) -> None:
@@ -203,44 +146,44 @@ class Recurrence(RecurrentBlock):
 
     def forward(self, x: torch.Tensor, context: PassContext, step: int) -> torch.Tensor:  # type: ignore[override]
         """`x` is `[B, T, D]`; `step` counts from 1 in the core and is 0 elsewhere. Returns `[B, T, D]`."""
-        columns, cache = context.columns, context.cache
-        assert columns is not None
-        if context.some is not None:
-            return self._mix_some(x, context, context.some, step)
-        timeline = columns.timeline
-        memory = cache.recurrent_memory(self.layer_idx, step, timeline) if cache is not None else None
-        if cache is None or not cache.recurrent_slots.stands_in:
-            x = super().forward(align_right(x, columns.order, dim=1), timeline, memory)
-            return align_right(x, columns.restore, dim=1)
+        reading, cache = context.reading, context.cache
+        assert reading is not None
+        if context.subset is not None:
+            return self._mix_subset(x, context, context.subset, step)
+        timeline = reading.timeline
+        memory = cache.lru_state(self.layer_idx, step, timeline) if cache is not None else None
+        if cache is None or not cache.lru_slots.stands_in:
+            x = super().forward(align_right(x, reading.order, dim=1), timeline, memory)
+            return align_right(x, reading.restore, dim=1)
         gate = self.act_fn(self.linear_y(x))
-        inputs = align_right(self.linear_x(x), columns.order, dim=1)
+        inputs = align_right(self.linear_x(x), reading.order, dim=1)
         if timeline.real is not None:
             inputs = inputs * timeline.real[..., None]
-        mixed = self.convolve(self.with_past(inputs, timeline, memory), timeline)
-        added, decay = self.rg_lru.gated(mixed, timeline)
+        mixed = self.conv_1d(self.with_past(inputs, timeline, memory), timeline)
+        added, decay = self.rg_lru(mixed, timeline)
         h = scan_on(added, decay, timeline, memory)
-        cache.recurrent_slots.write(self.layer_idx, Written(inputs, added, decay))
-        return self.linear_out(times(gate, align_right(h, columns.restore, dim=1).to(gate.dtype)))
+        cache.lru_slots.write(self.layer_idx, TokenWrites(inputs, added, decay))
+        return self.linear_out(times(gate, align_right(h, reading.restore, dim=1).to(gate.dtype)))
 
-    def _mix_some(self, x: torch.Tensor, context: PassContext, some: SomeTokens, step: int) -> torch.Tensor:
+    def _mix_subset(self, x: torch.Tensor, context: PassContext, subset: TokenSubset, step: int) -> torch.Tensor:
         """The tokens still in the loop, `[rows, places, D]`, between those that have left, whose last writing stands."""
-        columns, cache = context.columns, context.cache
-        assert columns is not None
+        reading, cache = context.reading, context.cache
+        assert reading is not None
         assert cache is not None
-        timeline, slots = columns.timeline, cache.recurrent_slots
-        rows = some.rows[:, None].expand_as(some.positions)
-        at = some.positions if columns.restore is None else columns.restore[rows, some.positions]
+        timeline, slots = reading.timeline, cache.lru_slots
+        rows = subset.rows[:, None].expand_as(subset.positions)
+        at = subset.positions if reading.restore is None else reading.restore[rows, subset.positions]
         # One entry for each token, without the filling.
-        where = rows[some.real], at[some.real]
-        before = slots.written(self.layer_idx)
-        inputs = before.inputs.index_put(where, self.linear_x(x)[some.real])
-        memory = cache.recurrent_memory(self.layer_idx, step, timeline)
-        mixed = self.convolve(self.with_past(inputs, timeline, memory), timeline)[where]
+        where = rows[subset.real], at[subset.real]
+        before = slots.writes_of(self.layer_idx)
+        inputs = before.inputs.index_put(where, self.linear_x(x)[subset.real])
+        memory = cache.lru_state(self.layer_idx, step, timeline)
+        mixed = self.conv_1d(self.with_past(inputs, timeline, memory), timeline)[where]
         starts = where[1] == 0 if timeline.fresh else timeline.starts[where] if timeline.starts is not None else None
-        added, decay = self.rg_lru.gated(mixed[None], Timeline(starts=starts[None] if starts is not None else None))
+        added, decay = self.rg_lru(mixed[None], Timeline(starts=starts[None] if starts is not None else None))
         added, decay = before.added.index_put(where, added[0]), before.decay.index_put(where, decay[0])
         h = scan_on(added, decay, timeline, memory)[rows, at]
-        slots.write(self.layer_idx, Written(inputs, added, decay))
+        slots.write(self.layer_idx, TokenWrites(inputs, added, decay))
         return self.linear_out(times(self.act_fn(self.linear_y(x)), h.to(x.dtype)))
 
 
@@ -268,32 +211,42 @@ class Block(GradientCheckpointingLayer):
     def __init__(self, config: RecurrentDepthConfig, layer: int) -> None:
         super().__init__()
         self.placement = config.norm_placement
+        self.layer_idx = layer
         # Which of the two a layer has is told by its tensors' names as well.
-        if config.layer_type(layer) == RECURRENCE:
-            self.recurrence = Recurrence(config, layer)
+        if config.layer_type(layer) == LRU_LAYER:
+            self.recurrence = LruMixer(config, layer)
         else:
             self.attn = Attention(config, layer)
         self.mlp = GatedMLP(config)
         # How a fresh model starts this; transformers initialises a module by itself, without its place.
         self.mlp.proj.fresh_start = "narrow"  # type: ignore[assignment]
         self.mlp.fc.fresh_start = "up half narrow"  # type: ignore[assignment]
-        self.norm_1 = RMSNorm(config.n_embd, config)
-        self.norm_2 = RMSNorm(config.n_embd, config)
+        self.norm_1 = norm(config, config.n_embd)
+        self.norm_2 = norm(config, config.n_embd)
         if self.placement in ("sandwich", "huginn"):
-            self.norm_3 = RMSNorm(config.n_embd, config)
-            self.norm_4 = RMSNorm(config.n_embd, config)
+            self.norm_3 = norm(config, config.n_embd)
+            self.norm_4 = norm(config, config.n_embd)
 
     def forward(self, x: torch.Tensor, context: PassContext, step: int = 0) -> torch.Tensor:
         """`x` is `[B, T, D]`; `step` counts from 1 in the core and is 0 elsewhere. Returns `[B, T, D]`."""
-        mix = self.recurrence if hasattr(self, "recurrence") else self.attn
+        context = context.to(x.device)
         if self.placement == "pre":
-            x = x + mix(self.norm_1(x), context, step)
-            return x + self.mlp(self.norm_2(x))
-        if self.placement == "post":
-            x = x + self.norm_1(mix(x, context, step))
-            return x + self.norm_2(self.mlp(x))
-        if self.placement == "sandwich":
-            x = x + self.norm_2(mix(self.norm_1(x), context, step))
-            return x + self.norm_4(self.mlp(self.norm_3(x)))
-        x = self.norm_2(x + mix(self.norm_1(x), context, step))
-        return self.norm_4(x + self.mlp(self.norm_3(x)))
+            x = x + self._mix(self.norm_1(x), context, step)
+            x = x + self._mlp(self.norm_2(x), context, step)
+        elif self.placement == "post":
+            x = x + self.norm_1(self._mix(x, context, step))
+            x = x + self.norm_2(self._mlp(x, context, step))
+        elif self.placement == "sandwich":
+            x = x + self.norm_2(self._mix(self.norm_1(x), context, step))
+            x = x + self.norm_4(self._mlp(self.norm_3(x), context, step))
+        else:
+            x = self.norm_2(x + self._mix(self.norm_1(x), context, step))
+            x = self.norm_4(x + self._mlp(self.norm_3(x), context, step))
+        return context.watched("layer", self.layer_idx, step, x)
+
+    def _mix(self, x: torch.Tensor, context: PassContext, step: int) -> torch.Tensor:
+        mixer = self.recurrence if hasattr(self, "recurrence") else self.attn
+        return context.watched("attention", self.layer_idx, step, mixer(x, context, step))
+
+    def _mlp(self, x: torch.Tensor, context: PassContext, step: int) -> torch.Tensor:
+        return context.watched("mlp", self.layer_idx, step, self.mlp(x))

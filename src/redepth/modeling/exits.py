@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from .errors import UserError
+
 # (new, old) → what is held against the threshold, `[N]`; states are [N, D], logits [N, V] in fp32.
 Measure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -88,36 +90,25 @@ def find_exit_test(criterion: str | ExitTest | Measure) -> ExitTest:
     if criterion not in EXIT_TESTS:
         near = difflib.get_close_matches(str(criterion), EXIT_TESTS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(EXIT_TESTS)}"
-        raise ValueError(f"unknown exit criterion {criterion!r}; {hint}")
+        raise UserError(f"unknown exit criterion {criterion!r}; {hint}")
     return EXIT_TESTS[criterion]
 
 
-class ExitPolicy:
-    """One test with its threshold, followed over the steps of one pass.
+class ExitTracker:
+    """One test followed over the steps of one pass.
 
     Args:
-        criterion: name of a test, a test, or a callable.
-        exit_threshold: `auto` for the test's default.
+        test: what is compared.
+        threshold: below which a comparison passes; of a test that counts steps, their number.
         min_steps: steps that every token runs; a comparison needs two, so no token leaves before the second.
-        num_steps: steps after which every token leaves.
-
-    Raises:
-        ValueError: for an unknown test, a threshold ≤ 0, or min_steps outside 1 … num_steps.
     """
 
-    def __init__(
-        self, criterion: str | ExitTest | Measure, exit_threshold: float | str, min_steps: int, num_steps: int
-    ) -> None:
-        self.test = find_exit_test(criterion)
-        threshold = self.test.threshold if exit_threshold == "auto" else exit_threshold
-        if not isinstance(threshold, (int, float)) or not threshold > 0:
-            raise ValueError(f"exit_threshold must be 'auto' or above 0, got {exit_threshold!r}")
-        if not 1 <= min_steps <= num_steps:
-            raise ValueError(f"min_steps must be between 1 and num_steps ({num_steps}), got {min_steps}")
+    def __init__(self, test: ExitTest, threshold: float, min_steps: int) -> None:
+        self.test = test
         self.min_steps = min_steps
-        self.streak_needed = self.test.streak if self.test.streak is not None else threshold
+        self.streak_needed = test.streak if test.streak is not None else threshold
         # A test whose threshold counts steps asks for a measure of zero at each of them.
-        self.threshold = threshold if self.test.streak is not None else 0.5
+        self.threshold = threshold if test.streak is not None else 0.5
         self._old: torch.Tensor | None = None
         self._streak: torch.Tensor | None = None
 

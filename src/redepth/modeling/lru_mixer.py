@@ -8,35 +8,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.compiler import is_compiling
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
+from .elementwise import BLOCK, fits_no_cache, times
 from .lru_scan import linear_scan
-from .lru_state import RecurrentLayer
+from .lru_state import LruState
 
 # exponent of the decay: a = σ(Λ)^(c · gate), Griffin's equation 3
 DECAY_POWER = 8.0
 # fan-in variance of fresh gates and convolutions, RecurrentGemma's `w_init_variance_scale`
 GATE_VARIANCE = 0.01
-# tokens at a time, where no gradient is wanted: what they need of a thousand channels stays in a second-level cache
-BLOCK = 256
 # largest slope of the square root in the input's normalisation
 MAX_ROOT_SLOPE = 1000.0
-
-
-def times(fresh: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """fresh · other, written over `fresh` unless a gradient needs it: new memory costs more than the product."""
-    return fresh * other if fresh.requires_grad or other.requires_grad else fresh.mul_(other)
-
-
-def fits_no_cache(x: torch.Tensor) -> bool:
-    """Whether `x` `[B, T, …]` had better be worked on a `BLOCK` of tokens at a time.
-
-    On the CPU long chains of small operations are bound by memory, and by fresh memory most of all. A gradient needs it
-    anyway, and a compiler has its own means.
-    """
-    return x.shape[1] > BLOCK and x.device.type == "cpu" and not torch.is_grad_enabled() and not is_compiling()
 
 
 class InputScale(torch.autograd.Function):
@@ -70,6 +54,19 @@ class Timeline:
     real: torch.Tensor | None = None
     # The reordering that puts new padding left of the stored inputs, `[B, C - 1 + T]`.
     input_order: torch.Tensor | None = None
+    # Whether columns were moved to put padding left, so that they are not the caller's.
+    reordered: bool = False
+
+    def croppable_after(self, before: int, tokens: int) -> int:
+        """How many of the caller's columns can be taken back after this pass over `tokens`, if all of it is recorded.
+
+        Args:
+            before: how many could before it.
+        """
+        if self.real is None:
+            return before + tokens
+        # Beside padding a column is a token of every row or can't be taken back.
+        return 0 if self.reordered else int(self.real.all(0).flip(0).long().cumprod(0).sum())
 
 
 class RGLRU(nn.Module):
@@ -103,7 +100,7 @@ class RGLRU(nn.Module):
         gate = gate.to(torch.float32, memory_format=torch.contiguous_format).reshape(x.shape)
         return gate.sigmoid() if gate.requires_grad else gate.sigmoid_()
 
-    def gated(self, x: torch.Tensor, timeline: Timeline) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, timeline: Timeline) -> tuple[torch.Tensor, torch.Tensor]:
         """What the recurrence adds and by what it fades: √(1 − a²) (i x) and a, `[B, T, R]` each, in fp32."""
         log_a = self._gate(x, self.recurrent_gate_weight, self.recurrent_gate_bias)
         log_a = times(log_a, -DECAY_POWER * nn.functional.softplus(self.recurrent_param.float()))
@@ -123,24 +120,14 @@ class RGLRU(nn.Module):
         return added, a
 
 
-class RecurrentBlock(nn.Module):
-    """Griffin's recurrent block: a short causal convolution and the RG-LRU, gated by a second branch."""
+class CausalConv(nn.Conv1d):
+    """The short convolution before the recurrence, with its weights under their published names."""
 
-    def __init__(self, width: int, lru_width: int, heads: int, taps: int, activation: str) -> None:
-        super().__init__()
-        self.linear_y = nn.Linear(width, lru_width)
-        self.linear_x = nn.Linear(width, lru_width)
-        self.linear_out = nn.Linear(lru_width, width)
-        # Holds the weights under their published names; `convolve` computes with them.
-        self.conv_1d = nn.Conv1d(lru_width, lru_width, taps, groups=lru_width)
-        self.rg_lru = RGLRU(lru_width, heads)
-        self.act_fn = ACT2FN[activation]
-
-    def convolve(self, inputs: torch.Tensor, timeline: Timeline) -> torch.Tensor:
+    def forward(self, inputs: torch.Tensor, timeline: Timeline) -> torch.Tensor:  # type: ignore[override]
         """Channelwise causal convolution of `inputs` `[B, C - 1 + T, R]`; returns `[B, T, R]` in fp32."""
-        assert self.conv_1d.bias is not None
-        weight, bias, inputs = self.conv_1d.weight[:, 0].float(), self.conv_1d.bias.float(), inputs.float()
-        tokens = inputs.shape[1] - self.conv_1d.kernel_size[0] + 1
+        assert self.bias is not None
+        weight, bias, inputs = self.weight[:, 0].float(), self.bias.float(), inputs.float()
+        tokens = inputs.shape[1] - self.kernel_size[0] + 1
         if tokens == 1 and timeline.since_start is None:
             # Decoding is a matter of how many small operations there are.
             return (inputs * weight.T).sum(1, keepdim=True) + bias
@@ -154,35 +141,46 @@ class RecurrentBlock(nn.Module):
             out.addcmul_(reached, taps[start])
         return out
 
-    def with_past(self, x: torch.Tensor, timeline: Timeline, memory: RecurrentLayer | None) -> torch.Tensor:
+
+class LruBlock(nn.Module):
+    """Griffin's recurrent block: a short causal convolution and the RG-LRU, gated by a second branch."""
+
+    def __init__(self, width: int, lru_width: int, heads: int, taps: int, activation: str) -> None:
+        super().__init__()
+        self.linear_y = nn.Linear(width, lru_width)
+        self.linear_x = nn.Linear(width, lru_width)
+        self.linear_out = nn.Linear(lru_width, width)
+        self.conv_1d = CausalConv(lru_width, lru_width, taps, groups=lru_width)
+        self.rg_lru = RGLRU(lru_width, heads)
+        self.act_fn = ACT2FN[activation]
+
+    def with_past(self, x: torch.Tensor, timeline: Timeline, memory: LruState | None) -> torch.Tensor:
         """The convolution's inputs, `[B, C - 1 + T, R]`: x `[B, T, R]` after those remembered, or zeros."""
         if memory is not None:
             return memory.with_inputs(x, timeline.input_order)
         return nn.functional.pad(x, (0, 0, self.conv_1d.kernel_size[0] - 1, 0))
 
-    def forward(self, x: torch.Tensor, timeline: Timeline, memory: RecurrentLayer | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, timeline: Timeline, memory: LruState | None = None) -> torch.Tensor:
         """`x` is `[B, T, D]`; returns `[B, T, D]`. The memory, if given, moves on by T tokens."""
         gate = self.act_fn(self.linear_y(x))
         return self.linear_out(times(gate, self._recur(self.linear_x(x), timeline, memory)))
 
-    def _recur(self, x: torch.Tensor, timeline: Timeline, memory: RecurrentLayer | None) -> torch.Tensor:
+    def _recur(self, x: torch.Tensor, timeline: Timeline, memory: LruState | None) -> torch.Tensor:
         """Convolution and recurrence of `x` `[B, T, R]`, in its dtype."""
         simple = timeline.real is timeline.starts is timeline.since_start is None
         if simple and fits_no_cache(x) and not (memory is not None and memory.record_past):
-            carried = memory if memory is not None else RecurrentLayer(self.conv_1d.kernel_size[0])
+            carried = memory if memory is not None else LruState(self.conv_1d.kernel_size[0])
             out = torch.empty_like(x, memory_format=torch.contiguous_format)
             for index, (part, place) in enumerate(zip(x.split(BLOCK, 1), out.split(BLOCK, 1), strict=True)):
                 place.copy_(self._recur(part, Timeline(fresh=timeline.fresh and index == 0), carried))
             return out
         if timeline.real is not None:
             x = x * timeline.real[..., None]
-        mixed = self.convolve(self.with_past(x, timeline, memory), timeline)
-        return scan_on(*self.rg_lru.gated(mixed, timeline), timeline, memory).to(x.dtype)
+        mixed = self.conv_1d(self.with_past(x, timeline, memory), timeline)
+        return scan_on(*self.rg_lru(mixed, timeline), timeline, memory).to(x.dtype)
 
 
-def scan_on(
-    added: torch.Tensor, decay: torch.Tensor, timeline: Timeline, memory: RecurrentLayer | None
-) -> torch.Tensor:
+def scan_on(added: torch.Tensor, decay: torch.Tensor, timeline: Timeline, memory: LruState | None) -> torch.Tensor:
     """Every state h `[B, T, R]` of the recurrence, in fp32, from the one remembered, which moves on."""
     h, _ = linear_scan(added, decay, memory.state() if memory is not None else None, timeline.starts)
     if memory is not None:

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
+from .errors import UserError
 from .lru_mixer import Timeline, scan_on
-from .lru_state import RecurrentLayer, RowChange
+from .lru_state import LruState, RowChange
+from .tokens import padding_back, padding_first, stands_left, surely
 
 
 @dataclass
-class Written:
-    """What the tokens of a pass wrote into a recurrent layer at the last step that each of them ran, `[B, T, R]` each."""
+class TokenWrites:
+    """What the tokens of a pass wrote into a recurrent layer, each at the last step that it ran, `[B, T, R]` each."""
 
     inputs: torch.Tensor  # of the convolution
     added: torch.Tensor  # √(1 − a²) (i x), in fp32
@@ -21,7 +23,7 @@ class Written:
 
 
 @dataclass
-class Columns:
+class ReadingOrder:
     """How a recurrent layer reads the columns of a pass: its padding moved to the left, and back again."""
 
     timeline: Timeline
@@ -30,71 +32,64 @@ class Columns:
     restore: torch.Tensor | None = None
 
 
-def read_columns(
+def reading_order(
     batch: int,
     tokens: int,
     past: int,
     taps: int,
     mask: torch.Tensor | None,
-    positions: torch.Tensor | None,
-    cached: bool,
+    documents: torch.Tensor | None,
     device: torch.device,
-) -> Columns:
+) -> ReadingOrder:
     """Where texts start and padding stands in one pass.
 
     Args:
         taps: C.
         mask: `[B, past + T]`, 1 for tokens and 0 for padding; None if all are tokens.
-        positions: `[B or 1, T]`, as the caller gave them, which may mark several documents in a row.
+        documents: `[B, T]`, where another document begins; None if none does.
 
     Raises:
-        ValueError: for a second document in a row beside a mask or a cache, which transformers' masks do not tell apart.
+        ValueError: for another document in a row that holds padding too.
     """
-    documents = None
     real = mask[:, -tokens:].bool() if mask is not None else None
-    if positions is not None and tokens > 1:
-        goes_on = torch.diff(positions.expand(batch, -1), dim=1) == 1
-        if real is not None:
-            goes_on = goes_on | ~real[:, 1:] | ~real[:, :-1]
-        if not bool(goes_on.all()):
-            if cached or mask is not None:
-                raise ValueError(
-                    "position_ids start a second document in a row, which a recurrent layer can't honour beside a cache "
-                    "or an attention_mask; pass use_cache=False and no mask"
-                )
-            documents = torch.nn.functional.pad(~goes_on, (1, 0), value=True)
     if documents is not None:
+        if mask is not None and surely(~mask.bool().all()):
+            raise UserError(
+                "position_ids begin another document in a row with padding, which a recurrent layer can't honour; leave the "
+                "padding out"
+            )
         at = torch.arange(tokens, device=device)
-        since_start = at - torch.where(documents, at, 0).cummax(1).values
-        return Columns(Timeline(starts=documents, since_start=since_start))
+        since_start = at - torch.where(documents, at, -past).cummax(1).values
+        starts = documents
+        if past == 0:
+            starts = documents | (at == 0)
+        return ReadingOrder(Timeline(starts=starts, since_start=since_start))
     if mask is None:
-        return Columns(Timeline(fresh=past == 0))
+        return ReadingOrder(Timeline(fresh=past == 0))
 
     assert real is not None
     order = restore = input_order = None
     read = mask[:, :past].sum(1, keepdim=True)
-    if bool(real.all()):
+    if surely(real.all()):
         starts = (read == 0) & (torch.arange(tokens, device=device) == 0)
-        fresh = bool(starts[:, 0].all())
-        return Columns(Timeline(fresh=fresh, starts=starts if not fresh and bool(starts.any()) else None))
-    counts = real.cumsum(1)
-    order = torch.sort(real.to(torch.uint8), dim=1, stable=True).indices
-    if torch.equal(order, torch.arange(tokens, device=device).expand_as(order)):
+        fresh = surely(starts[:, 0].all())
+        return ReadingOrder(Timeline(fresh=fresh, starts=starts if not fresh and not surely(~starts.any()) else None))
+    order = padding_first(real)
+    if stands_left(order):
         order = None
     else:
-        # A padding column after tokens reads as the last of them.
-        restore = tokens - counts[:, -1:] + (counts - 1).clamp(min=0)
-        restore = restore.clamp(max=tokens - 1)
+        restore = padding_back(real)
         real = real.gather(1, order)
     starts = real & (read + real.cumsum(1) == 1)
     if past:
         held = torch.ones(batch, taps - 1, dtype=torch.bool, device=device)
-        input_order = torch.sort(torch.cat([held, real], 1).to(torch.uint8), dim=1, stable=True).indices
-    timeline = Timeline(starts=starts if bool(starts.any()) else None, real=real, input_order=input_order)
-    return Columns(timeline, order, restore)
+        input_order = padding_first(torch.cat([held, real], 1))
+    timeline = Timeline(starts=None if surely(~starts.any()) else starts, real=real, input_order=input_order)
+    timeline.reordered = order is not None
+    return ReadingOrder(timeline, order, restore)
 
 
-class RecurrentSlots:
+class LruSlots:
     """Memories of all recurrent layers, one for each step that the cache rule keeps.
 
     A pass reads what the passes before it left and writes beside it; `commit` makes that the past. So a step may be run
@@ -115,49 +110,53 @@ class RecurrentSlots:
         self.reset()
 
     def reset(self) -> None:
-        self.memories: dict[tuple[int, int], RecurrentLayer] = {}
+        self.memories: dict[tuple[int, int], LruState] = {}
         # Tokens that a crop may still take back.
         self.croppable = 0
         self._start_pass()
 
     def _start_pass(self) -> None:
-        self._next: dict[tuple[int, int], RecurrentLayer] = {}
-        self._written: dict[int, Written] = {}
-        self._timeline = Timeline()
+        self._next: dict[tuple[int, int], LruState] = {}
+        self._writes: dict[int, TokenWrites] = {}
+        # By layer, since a layer's is on that layer's device.
+        self._timelines: dict[int, Timeline] = {}
 
-    def enter(self, layer: int, place: int, timeline: Timeline) -> RecurrentLayer:
+    def enter(self, layer: int, place: int, timeline: Timeline) -> LruState:
         """The memory of `layer` at a step, to be moved on by this pass.
 
         Args:
             place: which of the layer's memories the cache rule gives the step; 0 in prelude and coda.
         """
-        self._timeline = timeline
+        self._timelines[layer] = timeline
         # Where no token has come this deep, all of them stand as at the deepest step that there is.
-        found = next((self.memories[layer, p] for p in range(place, -1, -1) if (layer, p) in self.memories), None)
-        memory = (found or RecurrentLayer(self.taps)).fork(self.recording)
+        deepest = next((self.memories[layer, p] for p in range(place, -1, -1) if (layer, p) in self.memories), None)
+        memory = (deepest or LruState(self.taps)).fork(self.recording)
         self._next[layer, place] = memory
         return memory
 
-    def written(self, layer: int) -> Written:
+    def writes_of(self, layer: int) -> TokenWrites:
         """What each token of the pass wrote at the last step that it ran."""
-        return self._written[layer]
+        return self._writes[layer]
 
-    def write(self, layer: int, written: Written) -> None:
+    def write(self, layer: int, writes: TokenWrites) -> None:
         """Keep what a step wrote: it may have to stand in for deeper ones."""
-        self._written[layer] = written
+        self._writes[layer] = writes
 
     def commit(self, tokens: int) -> None:
         """End a pass over `tokens` columns: what it left is now the past."""
         for (layer, place), memory in self.memories.items():
-            if (layer, place) in self._next or layer not in self._written:
+            if (layer, place) in self._next or layer not in self._writes:
                 continue
-            written, moved = self._written[layer], memory.fork(self.recording)
-            moved.with_inputs(written.inputs, self._timeline.input_order)
-            scan_on(written.added, written.decay, self._timeline, moved)
+            writes, moved, timeline = self._writes[layer], memory.fork(self.recording), self._timelines[layer]
+            moved.with_inputs(writes.inputs, timeline.input_order)
+            scan_on(writes.added, writes.decay, timeline, moved)
             self._next[layer, place] = moved
         self.memories |= self._next
-        # Beside padding, a count of columns does not say how many tokens to take back.
-        self.croppable = self.croppable + tokens if self.recording and self._timeline.real is None else 0
+        if not self.recording:
+            self.croppable = 0
+        else:
+            timeline = next(iter(self._timelines.values()), Timeline())
+            self.croppable = timeline.croppable_after(self.croppable, tokens)
         self._start_pass()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -167,7 +166,7 @@ class RecurrentSlots:
             ValueError: for tokens that were not recorded: a state can't be taken back.
         """
         if -tokens_to_remove > self.croppable:
-            raise ValueError(
+            raise UserError(
                 f"can't crop {-tokens_to_remove} tokens: the recurrent layers recorded {self.croppable} since the last "
                 "crop or padding; call activate_past_recording() before feeding them"
             )

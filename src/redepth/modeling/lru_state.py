@@ -8,19 +8,12 @@ from collections.abc import Callable
 
 import torch
 
+from .tokens import align_right
+
 RowChange = Callable[[torch.Tensor], torch.Tensor]
 
 
-def align_right(rows: torch.Tensor, order: torch.Tensor | None, dim: int) -> torch.Tensor:
-    """Reorder dimension `dim` of `rows`, row by row, as `order` `[B, length of dim]` says."""
-    if order is None:
-        return rows
-    shape = [1] * rows.ndim
-    shape[0], shape[dim] = order.shape
-    return rows.gather(dim, order.view(shape).expand_as(rows))
-
-
-class RecurrentLayer:
+class LruState:
     """State of one RG-LRU block: the last C − 1 inputs of its convolution, and h in fp32.
 
     While the past is recorded both hold one entry more for each token fed since the last crop, so that a crop can go
@@ -37,9 +30,9 @@ class RecurrentLayer:
         self.record_past = False
         self.reset()
 
-    def fork(self, record_past: bool) -> "RecurrentLayer":
+    def fork(self, record_past: bool) -> "LruState":
         """Another memory that goes on from here; nothing is written in place, so the two share what they have."""
-        other = RecurrentLayer(self.kept_inputs + 1)
+        other = LruState(self.kept_inputs + 1)
         other.record_past, other.inputs, other.states = record_past, self.inputs, self.states
         return other
 

@@ -1,4 +1,4 @@
-"""Decoding in which the rows of a batch get on at their own pace: what speculation and the wavefront share.
+"""Decoding in which the rows of a batch advance at their own pace: what speculation and the wavefront share.
 
 Shapes: B rows, T tokens of a row in this pass, V vocabulary. A *place* is a token's index in its row, padding included.
 """
@@ -8,11 +8,19 @@ from typing import Any
 import torch
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .blocks import PassContext, rotations
-from .cache import RecurrentDepthCache, SomeTokens
+from .cache import RecurrentDepthCache
+from .errors import UserError
+from .passes import PassContext, ragged_context
+from .policy import DepthPolicy
 
 
-class UnevenRows:
+def check_numbers(logits: torch.Tensor) -> None:
+    """Raises ValueError where a logit is not a number."""
+    if bool(logits.isnan().any()):
+        raise UserError("the model's logits are NaN; its weights are damaged, or its dtype is too narrow: try float32")
+
+
+class RaggedRows:
     """The sequences of one generate call, the cache they share, and how far each row has got.
 
     Args:
@@ -29,16 +37,15 @@ class UnevenRows:
         self.settings = prepared["generation_config"]
         for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
             if self.settings.return_dict_in_generate and getattr(self.settings, name):
-                raise ValueError(f"{name}=True is not supported with draft_steps or a sampler; leave it out")
+                raise UserError(f"{name}=True is not supported with draft_steps or a sampler; leave it out")
         if self.settings.num_beams > 1:
-            raise ValueError(f"num_beams={self.settings.num_beams} is not supported with draft_steps or a sampler")
+            raise UserError(f"num_beams={self.settings.num_beams} is not supported with draft_steps or a sampler")
         if input_ids.shape[1] == 0 or prepared.get("inputs_embeds") is not None:
-            raise ValueError("draft_steps and samplers need a prompt of input_ids with at least one token")
+            raise UserError("draft_steps and samplers need a prompt of input_ids with at least one token")
         self.processors = prepared["logits_processor"]
         self.stopping = prepared["stopping_criteria"]
         self.streamer = prepared["streamer"]
         self.cache: RecurrentDepthCache = prepared["past_key_values"]
-        self.state_seed: int | None = prepared.get("state_seed")
         self.start = input_ids.shape[1]
         rows, pad = len(input_ids), self.settings._pad_token_tensor
         self.pad = int(pad) if pad is not None else 0
@@ -48,7 +55,7 @@ class UnevenRows:
         self.running = torch.ones(rows, dtype=torch.bool, device=input_ids.device)
         self._prompt = {name: prepared.get(name) for name in ("attention_mask", "position_ids")}
 
-    def prefill(self, num_steps: int) -> torch.Tensor:
+    def prefill(self, policy: DepthPolicy) -> torch.Tensor:
         """Run what the cache does not hold of the prompts, and give the logits after their last tokens, `[B, V]`."""
         past, mask, positions = (
             self.cache.get_seq_length(),
@@ -65,10 +72,11 @@ class UnevenRows:
                 attention_mask=mask[:, :end] if mask is not None else None,
                 position_ids=positions[:, begin + shift : end + shift] if positions is not None else None,
                 past_key_values=self.cache,
-                num_steps=num_steps,
-                state_seed=self.state_seed,
+                policy=policy.one_pass(),
                 logits_to_keep=1,
             )
+        if self.cache.documents is not None:
+            raise UserError("drafts and samplers can't go on from a prompt of several documents; leave them out")
         known = self.cache.padding_mask
         self.seen = known.bool() if known is not None else torch.ones_like(self.ids[:, : self.start], dtype=torch.bool)
         self.first_position = positions[:, -1] + 1 if positions is not None else self.seen.sum(1)
@@ -83,29 +91,12 @@ class UnevenRows:
         Raises:
             ValueError: for more tokens than the model allows.
         """
-        config, end = self.model.config, int(places.max()) + 1
-        self.model.check_length(end)
         positions = self.first_position[:, None] + places - self.start
-        everywhere = torch.arange(end, device=places.device)
-        seen = torch.nn.functional.pad(self.seen, (0, end - self.start), value=True)
-        causal = (everywhere <= places[..., None]) & seen[:, None]
-        masks = {"full_attention": causal[:, None]}
-        if config.sliding_window:
-            masks["sliding_attention"] = masks["full_attention"] & (
-                everywhere > places[..., None] - config.sliding_window
-            ).unsqueeze(1)
-        kinds = set(config.layer_types or ["full_attention"])
-        rows = torch.arange(len(places), device=places.device)
-        return PassContext(
-            masks={kind: masks[kind] for kind in kinds},
-            rotations={kind: rotations(config, positions, kind) for kind in kinds},
-            cache=self.cache,
-            position_ids=positions,
-            some=SomeTokens(rows, places - self.start, real, len(places), end - self.start),
-        )
+        return ragged_context(self.model.config, self.cache, self.seen, places, positions, real)
 
     def processed(self, logits: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Logits `[B, V]` as `generate`'s processors leave them for rows of these lengths, in fp32."""
+        check_numbers(logits)
         logits = logits.float()
         if not len(self.processors):
             return logits

@@ -9,21 +9,12 @@ from typing import Any
 
 import torch
 
-from .depth import split_num_steps
-from .ragged import UnevenRows
+from .policy import DepthPolicy
+from .ragged import RaggedRows
 
-EVERY_STEP = ("full", "latest")  # the rules that keep a token's steps apart
 MOST_DRAFTED = 16
 START_RATE = 0.8  # what is believed of the acceptance rate before the first round
 MEMORY = 0.9  # how much of that belief lasts a round
-
-
-def check_draft(draft_steps: Any, draft_tokens: Any, num_steps: int) -> None:
-    """Raises ValueError for a draft that is not shallower than the target, or that is of no tokens."""
-    if not isinstance(draft_steps, int) or not 1 <= draft_steps < num_steps:
-        raise ValueError(f"draft_steps must be between 1 and num_steps - 1 ({num_steps - 1}), got {draft_steps!r}")
-    if draft_tokens is not None and (not isinstance(draft_tokens, int) or draft_tokens < 1):
-        raise ValueError(f"draft_tokens must be at least 1, got {draft_tokens!r}")
 
 
 def draft_length(rate: float, draft_cost: float, verify_cost: float) -> int:
@@ -43,18 +34,19 @@ def draft_length(rate: float, draft_cost: float, verify_cost: float) -> int:
     return max(range(1, MOST_DRAFTED + 1), key=tokens_for_cost)
 
 
-def choose(rows: UnevenRows, scores: torch.Tensor) -> torch.Tensor:
+def choose(rows: RaggedRows, scores: torch.Tensor) -> torch.Tensor:
     """The next token of each row, `[B]`, from processed logits `[B, V]`: the likeliest, or a sampled one."""
     if not rows.settings.do_sample:
         return scores.argmax(-1)
     return torch.multinomial(scores.softmax(-1), 1)[:, 0]
 
 
-class Round:
+class DraftRound:
     """One round: k drafted tokens for every row, `[B, k]`, and what the deep model makes of them."""
 
-    def __init__(self, rows: UnevenRows, k: int, draft_steps: int, num_steps: int) -> None:
-        model, parts = rows.model, rows.model.transformer
+    def __init__(self, rows: RaggedRows, k: int, policy: DepthPolicy) -> None:
+        model, stack = rows.model, rows.model.transformer
+        assert policy.draft_steps is not None
         # The last token of each row is not in the cache yet: it is the first to run.
         places = (rows.lengths - 1)[:, None] + torch.arange(k, device=rows.ids.device)
         # The token at the last place of all is never run.
@@ -64,11 +56,10 @@ class Round:
         for i in range(k):
             context = rows.context(places[:, i : i + 1], real[:, i : i + 1])
             token = rows.ids.gather(1, places[:, i : i + 1])
-            embedded = model._run(parts["prelude"], model._embed(token, None), context)
-            state = model._initial_state(embedded, context.position_ids, rows.state_seed)
-            for step in range(1, draft_steps + 1):
-                state = model._step(embedded, state, context, step)
-            scores = rows.processed(model._logits(model._coda(state, context)[1])[:, 0], places[:, i] + 1)
+            embedded = stack.run_prelude(stack.embed(token), context)
+            state = stack.initial_state(embedded, context.position_ids, policy.state_seed)
+            state = stack.run_fixed(embedded, state, context, policy.draft_steps)
+            scores = rows.processed(model.read_logits(state, context)[:, 0], places[:, i] + 1)
             chosen = choose(rows, scores)
             next_places = places[:, i : i + 1] + 1
             chosen = torch.where(real[:, i], chosen, rows.ids.gather(1, next_places)[:, 0])
@@ -79,9 +70,8 @@ class Round:
             self.drafted_from.append(scores)
         context = rows.context(places, real)
         embedded, state = torch.cat(embeddeds, dim=1), torch.cat(states, dim=1)
-        for step in range(draft_steps + 1, num_steps + 1):
-            state = model._step(embedded, state, context, step)
-        logits = model._logits(model._coda(state, context)[1])
+        state = stack.run_fixed(embedded, state, context, policy.num_steps, first=policy.draft_steps + 1)
+        logits = model.read_logits(state, context)
         self.wanted = [rows.processed(logits[:, i], places[:, i] + 1) for i in range(k)]
 
     def emitted(self, row: int, do_sample: bool) -> tuple[list[int], int]:
@@ -106,9 +96,6 @@ class Round:
 def speculative_decoding(
     model: Any,
     input_ids: torch.Tensor,
-    draft_steps: int,
-    num_steps: Any,
-    draft_tokens: int | None = None,
     streamer: Any = None,
     tokenizer: Any = None,
     **prepared: Any,
@@ -117,34 +104,30 @@ def speculative_decoding(
 
     Greedy output is token for token that of plain decoding at `num_steps` (where two logits differ by less than the
     rounding of a batched product, either may win); sampled output has its distribution. Rows of a batch accept different
-    numbers of tokens and go on independently.
+    numbers of tokens and advance independently.
 
     Args:
         input_ids: `[B, tokens]`.
-        draft_tokens: how many tokens to draft in a round; adapted to what is accepted if None.
+        prepared: what `generate` hands over besides, the policy among it.
 
     Returns:
         token ids `[B, tokens]`, or an output whose `stats` count the `rounds` and the tokens `drafted` and `accepted`.
     """
-    num_steps = sum(split_num_steps(num_steps))
-    rows = UnevenRows(model, input_ids, prepared | {"streamer": streamer})
-    if rows.cache.rule.name not in EVERY_STEP:
-        raise ValueError(
-            f"draft_steps can't go with cache rule {rows.cache.rule.name!r}: a draft's keys and values would be read as a "
-            f"deeper step's; use one of {', '.join(EVERY_STEP)}"
-        )
-    config, do_sample = model.config, rows.settings.do_sample
+    policy: DepthPolicy = prepared["policy"]
+    rows = RaggedRows(model, input_ids, prepared | {"streamer": streamer})
+    config, do_sample, draft_steps = model.config, rows.settings.do_sample, policy.draft_steps
+    assert draft_steps is not None
     draft_cost = config.n_layers_in_prelude + draft_steps * config.n_layers_in_recurrent_block + config.n_layers_in_coda
-    verify_cost = (num_steps - draft_steps) * config.n_layers_in_recurrent_block + config.n_layers_in_coda
-    first = choose(rows, rows.processed(rows.prefill(num_steps), rows.lengths))
+    verify_cost = (policy.num_steps - draft_steps) * config.n_layers_in_recurrent_block + config.n_layers_in_coda
+    first = choose(rows, rows.processed(rows.prefill(policy), rows.lengths))
     for row, token in enumerate(first.tolist()):
         rows.append(row, [token])
     rate, rounds, drafted, accepted = START_RATE, 0, 0, 0
     while bool(rows.running.any()):
         room = rows.ids.shape[1] - int(rows.lengths[rows.running].min())
-        k = min(draft_tokens or draft_length(rate, draft_cost, verify_cost), room)
+        k = min(policy.draft_tokens or draft_length(rate, draft_cost, verify_cost), room)
         running = int(rows.running.sum())
-        one = Round(rows, k, draft_steps, num_steps)
+        one = DraftRound(rows, k, policy)
         kept = tried = 0
         for row in rows.running.nonzero()[:, 0].tolist():
             tokens, agreed = one.emitted(row, do_sample)
@@ -153,6 +136,6 @@ def speculative_decoding(
         rounds, drafted, accepted = rounds + 1, drafted + k * running, accepted + kept
         rate = MEMORY * rate + (1 - MEMORY) * kept / tried
     steps_run = torch.full(
-        (len(input_ids), int(rows.lengths.max()) - 1 - rows.start), num_steps, device=input_ids.device
+        (len(input_ids), int(rows.lengths.max()) - 1 - rows.start), policy.num_steps, device=input_ids.device
     )
     return rows.finish(steps_run, {"rounds": rounds, "drafted": drafted, "accepted": accepted})

@@ -2,6 +2,8 @@
 
 import torch
 
+from .configuration import RecurrentDepthConfig
+
 _MASK_32 = 0xFFFFFFFF
 
 
@@ -10,6 +12,11 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
     x = ((x >> 16) ^ x) * 0x45D9F3B & _MASK_32
     x = ((x >> 16) ^ x) * 0x45D9F3B & _MASK_32
     return (x >> 16) ^ x
+
+
+def lacks_fp64(device: torch.device) -> bool:
+    """Whether a device can't compute in double precision, on which a hash's even spread over the normal's tails rests."""
+    return device.type == "mps"
 
 
 def position_noise(seed: int, position_ids: torch.Tensor, width: int) -> torch.Tensor:
@@ -25,6 +32,8 @@ def position_noise(seed: int, position_ids: torch.Tensor, width: int) -> torch.T
     Returns:
         `[batch, tokens, width]` in fp32, unit variance before the cut.
     """
+    if lacks_fp64(position_ids.device):
+        return position_noise(seed, position_ids.cpu(), width).to(position_ids.device)
     channels = torch.arange(width, device=position_ids.device)
     start = _mix(torch.tensor(seed & _MASK_32, device=position_ids.device))
     positions = _mix(start ^ (position_ids.long() & _MASK_32))
@@ -37,3 +46,28 @@ def position_noise(seed: int, position_ids: torch.Tensor, width: int) -> torch.T
 def fresh_noise(like: torch.Tensor) -> torch.Tensor:
     """Normal noise cut at ±3 from torch's own generator, in fp32, for training."""
     return torch.nn.init.trunc_normal_(torch.empty_like(like, dtype=torch.float32), a=-3.0, b=3.0)
+
+
+def initial_state(
+    config: RecurrentDepthConfig, embedded: torch.Tensor, position_ids: torch.Tensor, seed: int | None, fresh: bool
+) -> torch.Tensor:
+    """s_0 for e `[B, T, D]`, of the same shape and dtype.
+
+    Args:
+        position_ids: `[B or 1, T]`.
+        seed: of a noise state; the config's by default.
+        fresh: draw noise anew, for training.
+    """
+    if config.initial_state_mode in ("embed", "skip-adapter"):
+        return embedded
+    if config.initial_state_mode == "zeros":
+        return torch.zeros_like(embedded)
+    assert config.init_values is not None
+    std = config.state_std if config.state_std is not None else config.init_values["std"]
+    scale = config.state_scale if config.state_scale is not None else config.embed_scale
+    if fresh:
+        noise = fresh_noise(embedded)
+    else:
+        chosen = seed if seed is not None else config.state_seed
+        noise = position_noise(chosen, position_ids, config.n_embd).expand_as(embedded)
+    return (noise * (std * scale)).to(embedded.dtype)

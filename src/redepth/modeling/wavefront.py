@@ -9,56 +9,15 @@ from typing import Any
 
 import torch
 
-from .depth import split_num_steps
-from .ragged import UnevenRows
-
-CACHE_RULE = "ring-1"  # every token shows what it holds now
-
-
-def check_wavefront(
-    headway: Any = 1,
-    inner_steps: Any = 4,
-    exit_threshold: Any = "auto",
-    noise_mix: Any = 0.0,
-    max_wavefront: Any = 64,
-    report_agreement: Any = False,
-) -> dict[str, Any]:
-    """The sampler's settings, checked; this signature holds their defaults.
-
-    Args:
-        headway: how many places are opened at each pass.
-        inner_steps: steps of the core between two looks at the tokens.
-        exit_threshold: a place settles when ‖s − s_old‖ / ‖s‖ over one pass is below it; 0.03 where it is `auto`.
-        noise_mix: share of a fresh initial state mixed into every unsettled state before each pass.
-        max_wavefront: most places open at once.
-        report_agreement: measure in `stats["agreement"]` which share of the tokens plain decoding would have chosen.
-
-    Raises:
-        ValueError: for a value out of range.
-    """
-    threshold = 0.03 if exit_threshold == "auto" else exit_threshold
-    for name, count in (("headway", headway), ("inner_steps", inner_steps), ("max_wavefront", max_wavefront)):
-        if not isinstance(count, int) or count < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
-    if not isinstance(threshold, (int, float)) or not threshold > 0:
-        raise ValueError(f"exit_threshold must be 'auto' or above 0, got {exit_threshold!r}")
-    if not isinstance(noise_mix, (int, float)) or not 0 <= noise_mix < 1:
-        raise ValueError(f"noise_mix must be at least 0 and below 1, got {noise_mix!r}")
-    return {
-        "headway": headway,
-        "inner_steps": inner_steps,
-        "threshold": threshold,
-        "noise_mix": noise_mix,
-        "max_wavefront": max_wavefront,
-        "report_agreement": bool(report_agreement),
-    }
+from .policy import DepthPolicy
+from .ragged import RaggedRows
 
 
 class Chooser:
     """Picks the token after each place; its sampling noise is the place's own, so that a pick changes only if the logits do
     (the Gumbel-max trick)."""
 
-    def __init__(self, rows: UnevenRows) -> None:
+    def __init__(self, rows: RaggedRows) -> None:
         self.rows = rows
         self.seed = int(torch.randint(2**31, ())) if rows.settings.do_sample else None
 
@@ -80,8 +39,6 @@ class Chooser:
 def wavefront_decoding(
     model: Any,
     input_ids: torch.Tensor,
-    num_steps: Any,
-    settings: dict[str, Any],
     streamer: Any = None,
     tokenizer: Any = None,
     **prepared: Any,
@@ -94,19 +51,19 @@ def wavefront_decoding(
 
     Args:
         input_ids: `[B, tokens]`.
-        settings: as `check_wavefront` gives them.
+        prepared: what `generate` hands over besides, the policy among it.
 
     Returns:
         token ids `[B, tokens]`, or an output whose `stats` has `passes` (through the core's open places in parallel),
         `core_passes` in tokens, and `agreement` where asked for.
     """
-    most = sum(split_num_steps(num_steps))
-    rows = UnevenRows(model, input_ids, prepared | {"streamer": streamer})
-    if rows.cache.rule.name != CACHE_RULE:
-        raise ValueError(f"the wavefront sampler reads by cache rule {CACHE_RULE!r}, not {rows.cache.rule.name!r}")
-    parts, device, batch = model.transformer, rows.ids.device, len(input_ids)
+    policy: DepthPolicy = prepared["policy"]
+    settings = policy.wavefront
+    assert settings is not None
+    rows = RaggedRows(model, input_ids, prepared | {"streamer": streamer})
+    stack, device, batch = model.transformer, rows.ids.device, len(input_ids)
     chooser = Chooser(rows)
-    first = chooser.pick(rows.prefill(most)[:, None], (rows.lengths - 1)[:, None])
+    first = chooser.pick(rows.prefill(policy)[:, None], (rows.lengths - 1)[:, None])
     for row, token in enumerate(first[:, 0].tolist()):
         rows.append(row, [token])
 
@@ -126,20 +83,22 @@ def wavefront_decoding(
         real = (index < opened[:, None]) & rows.running[:, None]
         index = index.clamp(max=places_in_all - 1)
         context = rows.context(index + rows.start, real)
-        embedded = model._run(parts["prelude"], model._embed(guesses[every_row, index].clamp(min=0), None), context)
-        begun = model._initial_state(embedded, context.position_ids, rows.state_seed)
+        embedded = stack.run_prelude(stack.embed(guesses[every_row, index].clamp(min=0)), context)
+        begun = stack.initial_state(embedded, context.position_ids, policy.state_seed)
         old = torch.where((steps[every_row, index] == 0)[..., None], begun, states[every_row, index])
-        state = (1 - settings["noise_mix"]) * old + settings["noise_mix"] * begun if settings["noise_mix"] else old
-        for _ in range(settings["inner_steps"]):
-            state = model._step(embedded, state, context, 1)
-        picked = chooser.pick(model._logits(model._coda(state, context)[1]), index + rows.start)
+        state = (1 - settings.noise_mix) * old + settings.noise_mix * begun if settings.noise_mix else old
+        context.continued = steps[every_row, index] > 0
+        for _ in range(settings.inner_steps):
+            state = stack.step(embedded, state, context, 1)
+            context.continued = True
+        picked = chooser.pick(model.read_logits(state, context), index + rows.start)
         moved = (state - old).float().norm(dim=-1) / state.float().norm(dim=-1)
-        passes, core_passes = passes + 1, core_passes + int(real.sum()) * settings["inner_steps"]
+        passes, core_passes = passes + 1, core_passes + int(real.sum()) * settings.inner_steps
 
         states[_cells(index, real)] = state[real]
-        steps[_cells(index, real)] += settings["inner_steps"]
-        steady[_cells(index, real)] += settings["inner_steps"]
-        settled = real & ((moved < settings["threshold"]) | (steady[every_row, index] >= most))
+        steps[_cells(index, real)] += settings.inner_steps
+        steady[_cells(index, real)] += settings.inner_steps
+        settled = real & ((moved < settings.exit_threshold) | (steady[every_row, index] >= policy.num_steps))
         unchanged = guesses[every_row, index + 1] == picked
         # A place closes with all before it, if the token it has just run on is the one that they lead to.
         settled[:, 1:] &= unchanged[:, :-1]
@@ -152,15 +111,15 @@ def wavefront_decoding(
             begin = int(closed[row])
             # A closed place makes the token after it final.
             rows.append(row, guesses[row, begin + 1 : begin + 1 + int(closing[row])].tolist())
-        opened = torch.minimum(opened + settings["headway"], closed + closing + settings["max_wavefront"])
+        opened = torch.minimum(opened + settings.headway, closed + closing + settings.max_wavefront)
         opened = opened.clamp(max=places_in_all)
         _guess_onwards(guesses, opened)
         # Processors read the open places' tokens where a row's own come to an end.
         _show_guesses(rows, guesses)
     closed = rows.lengths - 1 - rows.start
     stats: dict[str, Any] = {"passes": passes, "core_passes": core_passes}
-    if settings["report_agreement"]:
-        stats["agreement"] = agreement_with_plain(rows, chooser, most)
+    if settings.report_agreement:
+        stats["agreement"] = agreement_with_plain(rows, chooser, policy)
     return rows.finish(steps[:, : int(closed.max())], stats)
 
 
@@ -178,22 +137,22 @@ def _guess_onwards(guesses: torch.Tensor, opened: torch.Tensor) -> None:
             guesses[row, known:end] = guesses[row, known - 1]
 
 
-def _show_guesses(rows: UnevenRows, guesses: torch.Tensor) -> None:
+def _show_guesses(rows: RaggedRows, guesses: torch.Tensor) -> None:
     ahead = torch.arange(rows.ids.shape[1], device=rows.ids.device) >= rows.lengths[:, None]
     shown = torch.cat([rows.ids[:, : rows.start], guesses.clamp(min=0)], dim=1)[:, : rows.ids.shape[1]]
     rows.ids[:] = torch.where(ahead & rows.running[:, None], shown, rows.ids)
 
 
-def agreement_with_plain(rows: UnevenRows, chooser: Chooser, num_steps: int) -> float:
-    """Which share of the new tokens plain decoding at `num_steps` would have chosen after the same tokens before them."""
+def agreement_with_plain(rows: RaggedRows, chooser: Chooser, policy: DepthPolicy) -> float:
+    """Which share of the new tokens plain decoding at the same depth would have chosen after the same tokens before them."""
     end = int(rows.lengths.max())
     mask = torch.nn.functional.pad(rows.seen.long(), (0, end - 1 - rows.start), value=1)
     model, kept = rows.model, end - rows.start
     output = model(
         rows.ids[:, : end - 1],
         attention_mask=mask,
-        num_steps=num_steps,
-        state_seed=rows.state_seed,
+        num_steps=policy.num_steps,
+        state_seed=policy.state_seed,
         cache_rule="full",
         use_cache=False,
         logits_to_keep=kept,

@@ -8,20 +8,18 @@ from typing import Any
 
 import torch
 
-from redepth.analysis.cost import ParameterCount, count_parameters
 from redepth.checkpoint.card import write_card
-from redepth.checkpoint.folder import whole_folder, write_recipe
-from redepth.checkpoint.shards import DEFAULT_SHARD_SIZE, save_definition, write_shards
+from redepth.checkpoint.cost import ParameterCount, count_parameters
+from redepth.checkpoint.folder import DEFAULT_SHARD_SIZE, FAMILY_FILE, CheckpointFolder, write_recipe
+from redepth.checkpoint.shards import EMBEDDING, HEAD, save_definition, write_shards
+from redepth.checkpoint.sources import Source, open_source
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from redepth.runtime import parse_dtype
 
 from .families import Derived, Family, family_of
-from .plan import Plan, make_plan
-from .sources import Source, open_source
+from .plan import DEFAULT_ADAPTER, DEFAULT_STATE, STATES, Plan, make_plan
 from .weights import (
-    EMBEDDING,
-    HEAD,
     Entry,
     adapter_weight,
     check_names,
@@ -30,10 +28,7 @@ from .weights import (
     weight_table,
 )
 
-DEFAULT_ADAPTER = "blend:0.125"
-DEFAULT_STATE = "embed"
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-STATES = ("embed", "noise", "zeros")
 
 
 def recurrent_config(source: Source, family: Family, plan: Plan, **changes: Any) -> RecurrentDepthConfig:
@@ -134,6 +129,8 @@ class Conversion:
     def starts_equal(self) -> bool:
         """Whether a full cover with this start equals its source at r = 1."""
         kind, _ = parse_adapter(self.adapter)
+        if self.config.initial_state_mode == "skip-adapter":
+            return True
         return kind == "inject" or (kind == "blend" and self.config.initial_state_mode == "embed")
 
     @property
@@ -185,7 +182,9 @@ class Conversion:
         """What would make this checkpoint again."""
         return {
             "convert": {
-                "source": self.source.name,
+                "source": self.source.recorded_name,
+                **({"revision": self.source.commit} if self.source.commit else {}),
+                **({"family": str(self.family.file)} if self.family.file else {}),
                 **self.plan.slices(),
                 "adapter": self.adapter,
                 "state": self.config.initial_state_mode,
@@ -193,7 +192,11 @@ class Conversion:
                 "tie": self.config.tie_embeddings,
                 "seed": self.seed,
             },
-            "source": {"base_model": self.source.base_model, "license": self.source.license},
+            "source": {
+                "base_model": self.source.base_model,
+                "license": self.source.license,
+                **({"commit": self.source.commit} if self.source.commit else {}),
+            },
             "made_with": {name: version(name) for name in ("redepth", "torch", "transformers")},
         }
 
@@ -210,16 +213,19 @@ class Conversion:
             on_tensor: called with (tensors done, tensors in all).
 
         Raises:
-            RedepthError: if `out` exists and `overwrite` is off, or the source does not fit.
+            RedepthError: if `out` must not be replaced, or the source does not fit.
             OSError: if the disk is full or not writable.
         """
-        with whole_folder(out, overwrite) as folder:
+        with CheckpointFolder(out).replacing(overwrite, [self.source.location]) as folder:
             write_shards(self.tensors(), folder, len(self.table) + 1, max_shard_size, on_tensor)
             save_definition(self.config, folder, self.dtype)
             tokenizer = self.source.tokenizer
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             self.source.generation_config().save_pretrained(folder)
+            if self.family.file is not None:
+                # So that the checkpoint can be verified without the user's file.
+                (folder / FAMILY_FILE).write_text(self.family.to_yaml(), encoding="utf-8")
             write_recipe(folder, self.recipe())
             write_card(folder, out.resolve().name)
         return out
@@ -235,11 +241,14 @@ def plan_conversion(
     dtype: str | None = None,
     tie: bool | None = None,
     seed: int = 0,
+    revision: str | None = None,
+    family: str | Path | None = None,
+    trust_remote_code: bool = False,
 ) -> Conversion:
-    """Decide a surgery without reading a tensor; see `convert` for the arguments."""
+    """Decide a surgery without reading a tensor; see `redepth.convert` for the arguments."""
     if not isinstance(source, Source):
-        source = open_source(source)
-    family = family_of(source.config.model_type)
+        source = open_source(source, revision, trust_remote_code)
+    chosen = family_of(source.config.model_type, family)
     plan = make_plan(source.config.num_hidden_layers, prelude, core, coda)
     parse_adapter(adapter)
     if state not in STATES:
@@ -248,58 +257,14 @@ def plan_conversion(
     changes: dict[str, Any] = {"initial_state_mode": state}
     if tie is not None:
         changes["tie_embeddings"] = tie
-    config = recurrent_config(source, family, plan, **changes)
+    config = recurrent_config(source, chosen, plan, **changes)
     return Conversion(
         source=source,
-        family=family,
+        family=chosen,
         plan=plan,
         config=config,
         adapter=adapter,
         dtype=wanted if wanted is not None else source.dtype,
         seed=seed,
-        table=weight_table(family, plan, config),
+        table=weight_table(chosen, plan, config),
     )
-
-
-def convert(
-    source: str | Path,
-    out: str | Path,
-    *,
-    prelude: str | None = None,
-    core: str | None = None,
-    coda: str | None = None,
-    adapter: str = DEFAULT_ADAPTER,
-    state: str = DEFAULT_STATE,
-    dtype: str | None = None,
-    tie: bool | None = None,
-    seed: int = 0,
-    overwrite: bool = False,
-    max_shard_size: str = DEFAULT_SHARD_SIZE,
-    on_tensor: Callable[[int, int], None] | None = None,
-) -> Conversion:
-    """Turn a pretrained decoder into a depth-recurrent one.
-
-    Tensors are read, fused and written one at a time; memory stays near one shard.
-
-    Args:
-        source: hub id, local folder, `.gguf` or `.pt` file, or built-in name.
-        out: folder to write; must not exist unless `overwrite`.
-        prelude, core, coda: source layers as Python slices, such as `"0:10"`. Without them every layer is kept and
-            the middle fifth is the core; with a core alone, what is before and after it.
-        adapter: how e and the state start out mixed: `inject` [0 | I], `blend:α` [αI | (1−α)I], or `random`.
-        state: s_0: `embed` (the prelude's output), `noise` or `zeros`.
-        dtype: `float32`, `bfloat16` or `float16`; the source's own by default (fp32 for GGUF).
-        tie: tie the head to the embedding or not; as in the source by default.
-        seed: of a random adapter.
-        max_shard_size: such as `"2GB"`.
-        on_tensor: called with (tensors done, tensors in all).
-
-    Returns:
-        the conversion that was carried out.
-
-    Raises:
-        RedepthError: for a source, plan or option that does not fit; nothing is left at `out`.
-    """
-    conversion = plan_conversion(source, prelude, core, coda, adapter, state, dtype, tie, seed)
-    conversion.write(Path(out), overwrite, max_shard_size, on_tensor)
-    return conversion

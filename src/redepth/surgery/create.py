@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from redepth.checkpoint.folder import whole_folder
+from redepth.checkpoint.folder import CheckpointFolder
 from redepth.modeling import RecurrentDepthConfig, RecurrentDepthForCausalLM
 
 
@@ -20,9 +20,9 @@ def create(
     """Draw weights by the published initialisation and write the folder whole.
 
     Raises:
-        RedepthError: if `out` exists and `overwrite` is off.
+        RedepthError: if `out` must not be replaced.
     """
-    with whole_folder(Path(out), overwrite) as folder:
+    with CheckpointFolder(out).replacing(overwrite) as folder:
         torch.manual_seed(seed)
         standard = torch.get_default_dtype()
         try:

@@ -2,27 +2,23 @@
 
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from redepth.errors import RedepthError
-from redepth.modeling.configuration import RECURRENCE
+from redepth.errors import RedepthError, one_line
+from redepth.modeling.configuration import LRU_LAYER
 
 
 class Derived(BaseModel):
     """A config value computed from one of the source's."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-    source: str
+    source: str = Field(alias="from")  # a reserved word in Python, the natural one in YAML
     via: Literal["inverse_sqrt", "booleans", "half", "griffin_layers"]
-
-    def __init__(self, **data: Any) -> None:
-        if "from" in data:  # a reserved word in Python, the natural one in YAML
-            data["source"] = data.pop("from")
-        super().__init__(**data)
 
     def apply(self, value: Any) -> Any:
         if self.via == "inverse_sqrt":
@@ -32,7 +28,7 @@ class Derived(BaseModel):
         if self.via == "booleans":
             return [bool(entry) for entry in value]
         # Some versions of transformers give the names of the checkpoint, some their own.
-        return [{"recurrent": RECURRENCE, "attention": "sliding_attention"}.get(entry, entry) for entry in value]
+        return [{"recurrent": LRU_LAYER, "attention": "sliding_attention"}.get(entry, entry) for entry in value]
 
 
 class Switches(BaseModel):
@@ -60,6 +56,7 @@ class Family(BaseModel):
         layer_of_type: what layers of a type have beside `layer`, by redepth's layer type.
         layer_prefix: where the source keeps its layers.
         ignored: endings of tensors that hold no weights.
+        file: where a user's own family was read from; None for redepth's.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -77,6 +74,11 @@ class Family(BaseModel):
     layer: dict[str, str | list[str]]
     layer_of_type: dict[str, dict[str, str | list[str]]] = {}
     ignored: list[str]
+    file: Path | None = Field(None, exclude=True)
+
+    def to_yaml(self) -> str:
+        """The family as a file that `read_family` reads, complete in itself."""
+        return yaml.safe_dump(self.model_dump(by_alias=True), sort_keys=False, allow_unicode=True)
 
     def layer_sources(self, layer_type: str | None = None) -> dict[str, list[str]]:
         """redepth's tensors of a layer, and the source's, by their names within a layer, that make each.
@@ -114,37 +116,81 @@ def _read(stem: str) -> dict[str, Any]:
     return merge(_read(base), data) if base is not None else data
 
 
-def parse_family(data: dict[str, Any]) -> Family:
+def parse_family(data: dict[str, Any], file: Path | None = None) -> Family:
     """Validate one family's merged data.
 
     Raises:
         RedepthError: naming the first field that does not fit.
     """
-    requires = {key: allowed for key, allowed in data.get("requires", {}).items() if allowed is not None}
+    said = f"family {data.get('model_type')!r}" + (f" in {file}" if file is not None else "")
+    requires = data.get("requires") or {}
+    if not isinstance(requires, dict):
+        raise RedepthError(f"{said}: requires is {requires!r}, but it is a table of allowed values by config key")
+    lifted = {key: allowed for key, allowed in requires.items() if allowed is not None}
     try:
-        return Family(**{**data, "requires": requires})
+        return Family(**{**data, "requires": lifted, "file": file})
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise RedepthError(f"family {data.get('model_type')!r}: {where}: {first['msg']}") from None
+        raise RedepthError(f"{said}: {where}: {first['msg']}") from None
+    except TypeError:
+        raise RedepthError(f"{said}: a key is no word; quote it") from None
+
+
+def read_family(file: str | Path) -> Family:
+    """A user's family; `extends` names one of redepth's to start from.
+
+    Raises:
+        RedepthError: for a file that is missing, no YAML table, or does not fit.
+    """
+    path = Path(file).expanduser()
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RedepthError(f"family file {str(file)!r} can't be read: {one_line(error)}") from None
+    if not isinstance(data, dict):
+        raise RedepthError(f"family file {str(file)!r} is not a table of keys; docs/conversion.md shows one")
+    base = data.pop("extends", None)
+    if base is not None:
+        stems = [name.removesuffix(".yaml") for name in _family_files()]
+        if base not in stems:
+            raise RedepthError(f"family file {str(file)!r} extends {base!r}; use one of {', '.join(stems)}")
+        data = merge(_read(base), data)
+    return parse_family(data, path.resolve())
+
+
+def _family_files() -> list[str]:
+    names = (entry.name for entry in (resources.files("redepth.surgery") / "families").iterdir())
+    return sorted(name for name in names if name.endswith(".yaml"))
 
 
 @cache
 def families() -> dict[str, Family]:
     """Every family, by the source's `model_type`."""
-    files = sorted(entry.name for entry in (resources.files("redepth.surgery") / "families").iterdir())
-    parsed = [parse_family(_read(name.removesuffix(".yaml"))) for name in files if name.endswith(".yaml")]
+    parsed = [parse_family(_read(name.removesuffix(".yaml"))) for name in _family_files()]
     return {family.model_type: family for family in parsed}
 
 
-def family_of(model_type: str) -> Family:
+def family_of(model_type: str, file: str | Path | None = None) -> Family:
     """The family of a source config's `model_type`.
 
+    Args:
+        file: a user's own family, in place of redepth's.
+
     Raises:
-        RedepthError: for a model type that no family covers.
+        RedepthError: for a model type that no family covers, or a file that is of another one.
     """
+    if file is not None:
+        family = read_family(file)
+        if family.model_type != model_type:
+            raise RedepthError(
+                f"family file {str(file)!r} is for {family.model_type!r}, but the source is {model_type!r}"
+            )
+        return family
     if model_type not in families():
         remedy = "; convert its text model instead" if model_type == "gemma3" else ""
         known = ", ".join(sorted(families()))
-        raise RedepthError(f"no family for model type {model_type!r}{remedy}; redepth converts {known}")
+        raise RedepthError(
+            f"no family for model type {model_type!r}{remedy}; redepth converts {known}, and others by --family FILE"
+        )
     return families()[model_type]

@@ -3,20 +3,22 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from redepth.checkpoint.sources import Source
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthConfig
+from redepth.modeling.configuration import GROUP_MODULES
 from redepth.modeling.loss import chunked_cross_entropy
 
 from .convert import Conversion, plan_conversion
 from .plan import Plan
-from .sources import Source
-from .weights import ADAPTER, GROUP_MODULES, adapter_weight, parse_adapter
+from .weights import ADAPTER, adapter_weight, parse_adapter
 
 DEPTHS = (1, 2, 4, 8)
 ADAPTERS = ("inject", "blend:0.125", "blend:0.25", "blend:0.5")
@@ -147,17 +149,16 @@ class _Bench:
 
     def source_states(self, ids: torch.Tensor) -> list[torch.Tensor]:
         """The residual stream before each source layer, and after the last: `[B, T, D]` each."""
-        model = self.model
-        states = [model._embed(ids, None)]
-        context = model._context(states[0], None, None, None)
-        model._run(nn.ModuleList(self.layers), states[0], context, record=states)
+        stack = self.model.transformer
+        states = [stack.embed(ids)]
+        stack.run_layers(nn.ModuleList(self.layers), states[0], stack.context(states[0]), record=states)
         return states
 
     def loss(self, state: torch.Tensor, ids: torch.Tensor) -> float:
         """Summed next-token loss, in nats, of a state that enters the coda."""
         model = self.model
-        _, hidden = model._coda(state, model._context(state, None, None, None))
-        return chunked_cross_entropy(hidden, ids, model._logits, model.config.vocab_size, num_items=1).item()
+        _, hidden = model.transformer.run_coda(state, model.transformer.context(state))
+        return chunked_cross_entropy(hidden, ids, model.logits, model.config.vocab_size, num_items=1).item()
 
     def run(
         self,
@@ -264,7 +265,12 @@ def _layer_measures(cosines: list[torch.Tensor]) -> list[LayerMeasure]:
 
 
 def check_search(
-    source: Source, core_layers: int, drop_layers: int, adapters: Sequence[str], sequence_length: int
+    source: Source,
+    core_layers: int,
+    drop_layers: int,
+    adapters: Sequence[str],
+    sequence_length: int,
+    family: str | Path | None = None,
 ) -> Conversion:
     """What can be refused before any text or tensor is read; the source's conversion by the default plan.
 
@@ -274,7 +280,7 @@ def check_search(
     """
     if source.config.model_type == RecurrentDepthConfig.model_type:
         raise RedepthError(f"source {source.name!r} is recurrent already; give the model it was made from")
-    conversion = plan_conversion(source, dtype="float32")
+    conversion = plan_conversion(source, dtype="float32", family=family)
     num_layers = conversion.plan.num_layers
     if not 1 <= core_layers <= num_layers - 2:
         raise RedepthError(
@@ -306,6 +312,7 @@ def search_plans(
     tolerance: float = TOLERANCE,
     autocast: torch.dtype | None = None,
     on_progress: Callable[[str, float], None] | None = None,
+    family: str | Path | None = None,
 ) -> PlanSearch:
     """Measure the source's layers and find the plans that start least hurt.
 
@@ -320,11 +327,12 @@ def search_plans(
         tolerance: see `ranked`.
         autocast: dtype of the matrix products; fp32 if left out.
         on_progress: called with (part, share done).
+        family: of a source that redepth has none for.
 
     Raises:
         RedepthError: as `check_search`.
     """
-    conversion = check_search(source, core_layers, drop_layers, adapters, rows.shape[1])
+    conversion = check_search(source, core_layers, drop_layers, adapters, rows.shape[1], family)
     num_layers = conversion.plan.num_layers
     on_progress = on_progress or (lambda part, done: None)
     bench = _Bench(conversion, autocast)

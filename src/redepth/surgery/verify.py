@@ -1,5 +1,6 @@
 """Proof of the surgery: the same code path, full cover, against the source's own logits."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -9,14 +10,24 @@ import torch
 from torch.nn import functional as F
 
 from redepth.checkpoint.card import write_card
-from redepth.checkpoint.folder import HEALING_FILE, VERIFICATION_FILE, read_recipe, write_json
+from redepth.checkpoint.folder import (
+    FAMILY_FILE,
+    HEALING_FILE,
+    VERIFICATION_FILE,
+    CheckpointFolder,
+    read_recipe,
+    write_json,
+)
+from redepth.checkpoint.load import load
+from redepth.checkpoint.sources import Source, open_source, recorded_source
 from redepth.data.python_docs import python_docs
 from redepth.errors import RedepthError
-from redepth.modeling import RecurrentDepthForCausalLM
+from redepth.runtime import choose_device
 
 from .convert import plan_conversion
 from .plan import Plan
-from .sources import Source, open_source
+
+log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-10
 ROWS, TOKENS = 2, 128
@@ -83,13 +94,20 @@ def compare(name: str, num_steps: int, wanted: torch.Tensor, got: torch.Tensor, 
 def sample_tokens(source: Source, length: int = TOKENS) -> tuple[torch.Tensor, str]:
     """Real text for the comparison, `[ROWS, length]`, and what it is; seeded tokens where there is no tokenizer."""
     length = min(length, getattr(source.config, "max_position_embeddings", length))
-    tokenizer = source.tokenizer
-    if tokenizer is None:
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(source.config.vocab_size, (ROWS, length), generator=generator)
-        return ids, "random tokens (the source has no tokenizer)"
-    stream = tokenizer("\n\n".join(python_docs(held_out=True)[:40]), verbose=False)["input_ids"]
-    return torch.tensor(stream[: ROWS * length]).view(ROWS, length), "Python's documentation"
+    tokenizer, vocabulary = source.tokenizer, source.config.get_text_config().vocab_size
+    why = "has no tokenizer"
+    if tokenizer is not None:
+        text = "\n\n".join(python_docs(held_out=True)[:40])
+        try:
+            stream = tokenizer(text, verbose=False)["input_ids"][: ROWS * length]
+        except Exception as error:  # tokenizers written in Rust raise nothing more special
+            log.debug("the source's tokenizer fails: %s", error)
+            stream = []
+        if len(stream) == ROWS * length and max(stream) < vocabulary:
+            return torch.tensor(stream).view(ROWS, length), "Python's documentation"
+        why = "has a tokenizer that gives too few tokens for English text, or some outside its vocabulary"
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocabulary, (ROWS, length), generator=generator), f"random tokens (the source {why})"
 
 
 def _cut(model: Any, plan: Plan) -> Any:
@@ -115,7 +133,13 @@ def _round_to(model: Any, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def verify(
-    out: str | Path, against: str | Path | Source | None = None, on_check: Callable[[str], None] | None = None
+    out: str | Path,
+    against: str | Path | Source | None = None,
+    on_progress: Callable[[str, float], None] | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Verification:
     """Compare a converted checkpoint, and its full-cover twin, with the source; write the figures into the folder.
 
@@ -126,7 +150,10 @@ def verify(
     Args:
         out: folder made by `redepth convert`.
         against: the source; the one in the folder's recipe by default.
-        on_check: called with the name of each part as it starts.
+        on_progress: called with (`verify`, share done).
+        device: where to compare; `auto` takes a GPU where there is one.
+        revision: of a source on the hub; the recorded commit by default.
+        trust_remote_code: let modelling code that comes with the source run.
 
     Raises:
         RedepthError: if `out` was not made by redepth, or not from such a source.
@@ -135,7 +162,15 @@ def verify(
     recipe = read_recipe(folder).get("convert")
     if recipe is None:
         raise RedepthError(f"{folder} was not made by redepth convert, so there is no source to compare it with")
-    source = against if isinstance(against, Source) else open_source(against or recipe["source"])
+    chosen = choose_device(device)
+    source: Source | None
+    if isinstance(against, Source):
+        source = against
+    elif against is not None:
+        source = open_source(against, revision, trust_remote_code)
+    else:
+        source = recorded_source(folder)
+    assert source is not None
     conversion = plan_conversion(
         source,
         recipe["prelude"],
@@ -146,13 +181,15 @@ def verify(
         dtype=recipe["dtype"],
         tie=recipe["tie"],
         seed=recipe["seed"],
+        family=folder / FAMILY_FILE if (folder / FAMILY_FILE).exists() else None,
     )
-    announce = on_check or (lambda part: None)
+    tell = on_progress or (lambda part, done: None)
     ids, text = sample_tokens(source)
+    ids = ids.to(chosen)
     is_healed = (folder / HEALING_FILE).exists()
 
-    announce("source")
-    reference = source.reference_model()
+    tell("verify", 0.0)
+    reference = source.reference_model().to(chosen)
     wanted = reference(ids, use_cache=False).logits
     _round_to(reference, conversion.dtype)
     wanted_of_out = _cut(reference, conversion.plan)(ids, use_cache=False).logits
@@ -161,22 +198,24 @@ def verify(
     checks = []
     # A start that is not meant to equal its source is checked with one that is: the layers are the same.
     exact = conversion if conversion.starts_equal else replace(conversion, adapter="inject")
-    announce("full cover")
+    tell("verify", 0.25)
     full = exact.with_plan(conversion.plan.full_cover(), torch.float32)
-    model = full.model()
+    model: Any = full.model()
+    model.to(chosen)
     for num_steps in DEPTHS if full.equal_at_every_depth else DEPTHS[:1]:
         logits = model(ids, num_steps=num_steps, use_cache=False).logits
         checks.append(compare(f"full cover, {full.adapter}", num_steps, wanted, logits))
     del model
     if conversion.plan.num_layers > 1:
-        announce("negative control")
-        wrong = full.with_plan(full.plan.with_two_layers_swapped()).model()
+        tell("verify", 0.5)
+        wrong: Any = full.with_plan(full.plan.with_two_layers_swapped()).model()
+        wrong.to(chosen)
         logits = wrong(ids, num_steps=1, use_cache=False).logits
         checks.append(compare("two layers swapped (control)", 1, wanted, logits, must="differs"))
         del wrong
 
-    announce("checkpoint")
-    checkpoint = RecurrentDepthForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tell("verify", 0.75)
+    checkpoint: Any = load(folder, torch.float32, chosen)
     if checkpoint.config.vocab_size != wanted.shape[-1]:
         raise RedepthError(
             f"{folder} has a vocabulary of {checkpoint.config.vocab_size}, but source {source.name!r} has "
@@ -187,7 +226,9 @@ def verify(
     must = "equal" if conversion.starts_equal and not is_healed else None
     checks.append(compare(f"checkpoint against source{cut}", 1, wanted_of_out, logits, must))
 
+    tell("verify", 1.0)
     verification = Verification(checks, text, ids.numel())
-    write_json(folder / VERIFICATION_FILE, verification.to_dict())
-    write_card(folder)
+    with CheckpointFolder(folder).updating() as stage:
+        write_json(stage / VERIFICATION_FILE, verification.to_dict())
+        write_card(stage, base=folder)
     return verification

@@ -5,16 +5,15 @@ from dataclasses import dataclass
 
 import torch
 
+from redepth.checkpoint.shards import HEAD
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthConfig
+from redepth.modeling.configuration import GROUP_MODULES
 
 from .families import Family
 from .plan import Plan
 
-GROUP_MODULES = {"prelude": "prelude", "core": "core_block", "coda": "coda"}
 ADAPTER = "transformer.adapter.weight"
-EMBEDDING = "transformer.wte.weight"
-HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ Every kind gives the same things: configuration, tensors one at a time by their 
 
 import importlib.util
 import io
-import json
 import logging
 from abc import ABC, abstractmethod
 from contextlib import nullcontext, redirect_stderr
@@ -16,12 +15,15 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
-from redepth.checkpoint.shards import INDEX_FILE, SINGLE_FILE
-from redepth.errors import RedepthError, first_line
+from redepth.errors import RedepthError, first_line, one_line
+
+from .checked import load_checked
+from .folder import CARD_FILE, CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, CheckpointFolder, read_recipe
+from .shards import find_tensors, open_safetensors
 
 log = logging.getLogger(__name__)
 
@@ -65,28 +67,41 @@ class Source(ABC):
     Attributes:
         name: as the user wrote it.
         folder: where its configuration and tokenizer lie.
+        location: the folder or file that it consists of, which nothing may be written into.
         license: the licence's hub name, or None where the source does not say.
         base_model: the hub id that a model card can point to, or None where there is none.
+        commit: of the hub repository that it was read from, or None where it was not.
+        trust_remote_code: whether a stranger's modelling code in it may run.
     """
 
     license: str | None = None
     base_model: str | None = None
     gguf_file: str | None = None
+    commit: str | None = None
+    trust_remote_code: bool = False
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name
         self.folder = folder
+        self.location = folder
+
+    @property
+    def recorded_name(self) -> str:
+        """How a record names it, so that it is found again from another working directory."""
+        is_local = Path(self.name).expanduser().exists() and self.name not in BUILT_INS
+        return str(self.location.resolve()) if is_local else self.name
 
     @property
     def _load_kwargs(self) -> dict[str, Any]:
-        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+        options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        return options | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
 
     @cached_property
     def config(self) -> PreTrainedConfig:
         try:
             return AutoConfig.from_pretrained(self.folder, **self._load_kwargs)
-        except (OSError, ValueError, KeyError) as error:
-            raise RedepthError(f"source {self.name!r}: can't read its configuration: {first_line(error)}") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+            raise RedepthError(f"source {self.name!r}: can't read its configuration: {one_line(error)}") from None
 
     @property
     @abstractmethod
@@ -130,10 +145,14 @@ class Source(ABC):
             return GenerationConfig.from_model_config(self.config)
 
     def reference_model(self) -> Any:
-        """The source as a transformers model in fp32, the oracle of verification."""
+        """The source as a transformers model in fp32, the oracle of verification.
+
+        Raises:
+            RedepthError: where its tensors are not those of its architecture.
+        """
         # transformers draws a bar for GGUF files that its own switch does not turn off.
         with redirect_stderr(io.StringIO()) if self.gguf_file else nullcontext():
-            return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, **self._load_kwargs).eval()
+            return load_checked(AutoModelForCausalLM, self.folder, f"source {self.name!r}", **self._load_kwargs)
 
 
 class SafetensorsSource(Source):
@@ -147,24 +166,15 @@ class SafetensorsSource(Source):
     @cached_property
     def _files(self) -> dict[str, Path]:
         """Which file holds each tensor."""
-        index = self.folder / INDEX_FILE
-        if index.exists():
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = {name: self.folder / file for name, file in weight_map.items()}
-            for file in set(files.values()):
-                if not file.exists():
-                    raise RedepthError(f"source {self.name!r}: {INDEX_FILE} names {file.name}, which is missing")
+        files = find_tensors(self.folder)
+        if files:
             return files
-        single = self.folder / SINGLE_FILE
-        if single.exists():
-            with _open(single) as reader:
-                return dict.fromkeys(reader.keys(), single)
         if list(self.folder.glob("*.bin")) or list(self.folder.glob("*.pth")):
             raise RedepthError(
                 f"source {self.name!r} holds pickled weights (.bin), which can run code when read; load it once with "
                 "transformers and save_pretrained() it as safetensors"
             )
-        raise RedepthError(f"source {self.name!r} has no {SINGLE_FILE} and no {INDEX_FILE}")
+        raise RedepthError(f"source {self.name!r} has no {WEIGHTS_FILE} and no {INDEX_FILE}")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -175,7 +185,7 @@ class SafetensorsSource(Source):
 
     def read(self, name: str) -> torch.Tensor:
         # Opened anew for each tensor, so that no map of the file stays resident.
-        with _open(self._files[name]) as reader:
+        with open_safetensors(self._files[name]) as reader:
             try:
                 return reader.get_tensor(name).clone()
             except SafetensorError as error:
@@ -190,6 +200,7 @@ class GGUFSource(Source):
     def __init__(self, name: str, file: Path, license: str | None = None, base_model: str | None = None) -> None:
         super().__init__(name, file.parent)
         self.base_model = base_model
+        self.location = file
         self.gguf_file = file.name
         self._file = file
         field = self._reader.get_field("general.license")
@@ -237,18 +248,15 @@ class GGUFSource(Source):
         return torch.from_numpy(self._processor.process(weights=weights, name=entry.name).weights.copy())
 
 
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise RedepthError(
-            f"{file} is not a readable safetensors file, perhaps cut short: {first_line(error)}"
-        ) from None
-
-
 def _license_of_card(folder: Path) -> str | None:
-    card = folder / "README.md"
-    return ModelCard.load(card).data.license if card.exists() else None
+    """What the source's card says; a card that can't be read says nothing, and is no reason to stop."""
+    card = folder / CARD_FILE
+    try:
+        said = ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
+    except Exception as error:  # YAML of any kind of brokenness, by way of two libraries
+        log.debug("no licence in %s: %s", card, error)
+        return None
+    return said if isinstance(said, str) else None
 
 
 def _open_built_in(name: str) -> Source:
@@ -267,16 +275,48 @@ def _open_built_in(name: str) -> Source:
     return GGUFSource(name, file, built_in.license, built_in.base_model)
 
 
-def open_source(name: str | Path) -> Source:
+def open_source(name: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Source:
     """The source that `name` means: a built-in name, a local path, or else a hub id.
+
+    Args:
+        revision: branch, tag or commit of a hub repository.
+        trust_remote_code: let modelling code that comes with the source run.
 
     Raises:
         RedepthError: where there is no such source or it can't be read.
     """
-    text = str(name)
+    source = _open(str(name), revision)
+    source.trust_remote_code = trust_remote_code
+    return source
+
+
+def recorded_source(folder: Path) -> Source | None:
+    """The source that a checkpoint was converted from, by its recipe; None where it says of none.
+
+    Raises:
+        RedepthError: where it is not to be found any more.
+    """
+    recipe = read_recipe(folder)
+    name = recipe.get("convert", {}).get("source")
+    if name is None:
+        return None
+    # Earlier versions recorded a path as it was typed. It must not be taken for a hub id.
+    is_path = recipe.get("source", {}).get("base_model") is None and name not in BUILT_INS
+    if is_path and not Path(name).expanduser().exists():
+        raise RedepthError(
+            f"{folder} was converted from {name!r}, which is not there from here; name the source itself"
+        )
+    return open_source(name, recipe["convert"].get("revision"))
+
+
+def _open(text: str, revision: str | None) -> Source:
+    path = Path(text).expanduser()
+    if revision is not None and (text in BUILT_INS or path.exists()):
+        raise RedepthError(
+            f"--revision {revision!r} is of hub repositories, but source {text!r} is local; leave it out"
+        )
     if text in BUILT_INS:
         return _open_built_in(text)
-    path = Path(text).expanduser()
     if path.is_file():
         if path.suffix == ".gguf":
             return GGUFSource(text, path)
@@ -288,19 +328,26 @@ def open_source(name: str | Path) -> Source:
             f"source {text!r} is a file but neither a .gguf nor a .pt; give the folder that holds the checkpoint"
         )
     if path.is_dir():
-        if not (path / "config.json").exists():
+        CheckpointFolder(path).settle()
+        if not (path / CONFIG_FILE).exists():
             raise RedepthError(f"source {text!r} is a folder without config.json; give a transformers checkpoint")
         return SafetensorsSource(text, path)
     if text.startswith((".", "/", "~")) or text.count("/") > 1 or path.suffix in (".gguf", ".pt"):
         raise RedepthError(f"source {text!r} does not exist")
+    return _fetch(text, revision)
+
+
+def _fetch(name: str, revision: str | None) -> Source:
+    """From the hub, or from the copy of it that an earlier call left on this machine."""
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", CARD_FILE]
     try:
-        folder = snapshot_download(
-            text, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
-        )
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        known = ", ".join(BUILT_INS)
+        known, at = ", ".join(BUILT_INS), f" at revision {revision!r}" if revision else ""
         raise RedepthError(
-            f"source {text!r} is no local path, no built-in name ({known}), and could not be fetched from the hub: "
+            f"source {name!r} is no local path, no built-in name ({known}), and could not be fetched from the hub{at}: "
             f"{first_line(error)}"
         ) from None
-    return SafetensorsSource(text, Path(folder), base_model=text)
+    source = SafetensorsSource(name, folder, base_model=name)
+    source.commit = folder.name  # the cache keeps a folder for each commit
+    return source

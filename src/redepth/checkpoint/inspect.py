@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 
-from redepth.checkpoint.folder import HEALING_FILE, read_json, read_recipe
-from redepth.checkpoint.load import read_config
 from redepth.modeling import RecurrentDepthConfig
-from redepth.modeling.cache import parse_cache_rule
-from redepth.modeling.configuration import RECURRENCE
+from redepth.modeling.cache_rules import parse_cache_rule
+from redepth.modeling.configuration import LRU_LAYER
+from redepth.modeling.policy import split_num_steps
 
 from .cost import count_parameters
+from .folder import HEALING_FILE, read_json, read_recipe
+from .load import read_config
 
 
 def cache_bytes_per_token(config: RecurrentDepthConfig, num_steps: int, rule: str | None = None) -> int:
@@ -46,7 +47,7 @@ def _layer_steps(config: RecurrentDepthConfig, kept_steps: int) -> tuple[int, in
     core = range(config.n_layers_in_prelude, config.n_layers - config.n_layers_in_coda)
     counts = {True: 0, False: 0}
     for layer in range(config.n_layers):
-        counts[config.layer_type(layer) == RECURRENCE] += kept_steps if layer in core else 1
+        counts[config.layer_type(layer) == LRU_LAYER] += kept_steps if layer in core else 1
     return counts[True], counts[False]
 
 
@@ -67,6 +68,8 @@ def inspect(
     Raises:
         RedepthError: where there is no such checkpoint.
     """
+    for depth in depths:
+        split_num_steps(depth)  # which refuses what is no number of steps
     config, kind = read_config(checkpoint)
     rule = cache_rule if cache_rule is not None else config.cache_rule
     folder = Path(checkpoint)

@@ -66,7 +66,7 @@ class DeepMindSource(Source):
 
     def __init__(self, name: str, file: Path) -> None:
         super().__init__(name, file.parent)
-        self._file = file
+        self.location = self._file = file
 
     @cached_property
     def _stored(self) -> dict[str, torch.Tensor]:

@@ -1,0 +1,370 @@
+"""The stack: prelude, looped core, coda, and the loops over the core.
+
+    e   = prelude(embed(x) * embed_scale)
+    s_0 = initial state
+    s_i = core(adapter([s_{i-1}; e]))         i = 1 … num_steps
+    y   = norm(coda(s_r))                     Huginn also norms s_r before the coda
+
+(Geiping et al. 2025, section 3.1; McLeish et al. 2025, section 3.) Every decoder, measurement and step call runs the
+recurrence through these methods. Shapes: B batch, T new tokens, D width, V vocabulary.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.utils import ModelOutput
+
+from .blocks import Block, norm
+from .cache import RecurrentDepthCache
+from .configuration import RecurrentDepthConfig
+from .errors import UserError
+from .passes import PassContext, check_cache, pass_context
+from .policy import DepthPolicy
+from .pretrained import RecurrentDepthPreTrainedModel
+from .state import initial_state
+from .tokens import TokenSubset
+
+# States [B, T, D] and their context to logits [B, T, V].
+ReadLogits = Callable[[torch.Tensor, PassContext], torch.Tensor]
+
+
+@dataclass
+class StackOutput(ModelOutput):
+    """
+    Args:
+        last_hidden_state: `[B, T, D]`, as the head takes it.
+        past_key_values: the cache, where one is used.
+        latent_states: s_r, `[B, T, D]`, as it enters the coda.
+        hidden_states: see `RecurrentDepthOutput`.
+        attentions: always None; transformers' heads ask.
+        stats: see `RecurrentDepthOutput`.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    past_key_values: RecurrentDepthCache | None = None
+    latent_states: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: None = None
+    stats: dict[str, Any] | None = None
+
+
+class RecurrentStack(RecurrentDepthPreTrainedModel):
+    """Everything but the head; `model.transformer`, and transformers' base model.
+
+    Its parts are modules by their published names: `wte`, `prelude`, `adapter`, `core_block`, `coda`, `ln_f`.
+    """
+
+    def __init__(self, config: RecurrentDepthConfig) -> None:
+        super().__init__(config)
+        first_core = config.n_layers_in_prelude
+        first_coda = first_core + config.n_layers_in_recurrent_block
+        assert config.n_layers is not None
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.prelude = nn.ModuleList(Block(config, layer) for layer in range(first_core))
+        self.adapter = nn.Linear(2 * config.n_embd, config.n_embd, bias=False)
+        self.core_block = nn.ModuleList(Block(config, layer) for layer in range(first_core, first_coda))
+        self.coda = nn.ModuleList(Block(config, layer) for layer in range(first_coda, config.n_layers))
+        self.ln_f = norm(config, config.n_embd)
+        # Training: keep only the states between steps, and run each step again in the backward pass.
+        self.checkpoint_steps = False
+        # Each is told of every `forward` before it runs (`start_pass`), and called with (part, layer, step, value, context)
+        # as the parts come to be; what it gives back goes on in the value's place. A layer is counted over the whole
+        # stack; the step is 0 for the initial state and outside the core.
+        self.watchers: tuple[Any, ...] = ()
+        self.post_init()
+
+    def __getitem__(self, part: str) -> nn.Module:
+        """A part by its published name."""
+        return self.get_submodule(part)
+
+    def __setitem__(self, part: str, module: nn.Module) -> None:
+        self.set_submodule(part, module)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.wte
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.wte = value  # type: ignore[assignment]
+
+    def context(
+        self,
+        hidden: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: RecurrentDepthCache | None = None,
+        whole_masks: bool = False,
+    ) -> PassContext:
+        """What the layers share in a pass over `hidden` `[B, T, D]`; see `passes.pass_context`."""
+        return pass_context(self.config, hidden, attention_mask, position_ids, cache, whole_masks)
+
+    def embed(self, input_ids: torch.Tensor | None = None, inputs_embeds: torch.Tensor | None = None) -> torch.Tensor:
+        """Token embeddings times `embed_scale`, `[B, T, D]`; `inputs_embeds` are taken before the scale."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise UserError("give either input_ids or inputs_embeds, and not both")
+        embedded = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
+        return embedded * self.config.embed_scale if self.config.embed_scale != 1 else embedded
+
+    def run_layers(
+        self,
+        layers: nn.Module,
+        x: torch.Tensor,
+        context: PassContext,
+        step: int = 0,
+        record: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Some layers one after another on `x` `[B, T, D]`.
+
+        Args:
+            step: from 1 in the core, 0 elsewhere.
+            record: takes every layer's output.
+        """
+        for layer in layers:  # type: ignore[attr-defined]
+            x = layer(x, context, step)
+            if record is not None:
+                record.append(x)
+        return x
+
+    def run_prelude(
+        self, x: torch.Tensor, context: PassContext, record: list[torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Scaled embeddings `[B, T, D]` in, e `[B, T, D]` out."""
+        return self.run_layers(self.prelude, x, context, record=record)
+
+    def initial_state(self, embedded: torch.Tensor, position_ids: torch.Tensor, seed: int | None) -> torch.Tensor:
+        """s_0 for e `[B, T, D]`, of the same shape and dtype.
+
+        Args:
+            position_ids: `[B or 1, T]`.
+            seed: of a noise state; None for the config's, or in training mode for fresh noise.
+        """
+        return initial_state(self.config, embedded, position_ids, seed, fresh=self.training and seed is None)
+
+    def step(
+        self,
+        embedded: torch.Tensor,
+        state: torch.Tensor,
+        context: PassContext,
+        step: int,
+        record: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """One pass through the core: s_{i−1} `[B, T, D]` in, s_i out.
+
+        Args:
+            embedded: e, `[B, T, D]`.
+            step: i, from 1.
+            record: takes every layer's output.
+        """
+        context = context.to(state.device).without_skipped(step, *state.shape[:2])
+        embedded = embedded.to(state.device)
+        skips = self.config.initial_state_mode == "skip-adapter" and step == 1
+        if skips and context.continued is False:
+            injected = embedded
+        else:
+            injected = self.adapter(torch.cat([state, embedded], dim=-1))
+            if skips and isinstance(context.continued, torch.Tensor):
+                injected = torch.where(context.continued[..., None], injected, embedded.to(injected.device))
+        return context.watched("state", None, step, self.run_layers(self.core_block, injected, context, step, record))
+
+    def run_fixed(
+        self,
+        embedded: torch.Tensor,
+        state: torch.Tensor,
+        context: PassContext,
+        last: int,
+        first: int = 1,
+        without_gradient: int = 0,
+        record: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Steps `first` to `last` for all tokens; the state before them in, the one after them out."""
+        checkpointing = self.checkpoint_steps and context.cache is None and record is None
+        for step in range(first, last + 1):
+            with torch.no_grad() if step <= without_gradient else nullcontext():
+                if checkpointing and torch.is_grad_enabled():
+                    state = checkpoint(self.step, embedded, state, context, step, use_reentrant=False)
+                else:
+                    state = self.step(embedded, state, context, step, record)
+        return state
+
+    def run_adaptive(
+        self,
+        embedded: torch.Tensor,
+        state: torch.Tensor,
+        context: PassContext,
+        policy: DepthPolicy,
+        real: torch.Tensor | None,
+        read_logits: ReadLogits | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Adaptive exit: every token leaves the loop when its test says so, and costs the core nothing from then on.
+
+        What an exited token shows at its deeper steps is the cache rule's to say.
+
+        Args:
+            real: `[B, T]`, which tokens are not padding; padding leaves after the first step.
+            read_logits: what a test of logits looks at; needed by such a test alone.
+
+        Returns:
+            the states `[B, T, D]`, the steps each token ran `[B, T]`, and the core's passes in tokens.
+
+        Raises:
+            ValueError: for a test of logits without a head to make them.
+        """
+        tracker = policy.tracker()
+        assert tracker is not None
+        if tracker.test.of_logits and read_logits is None:
+            raise UserError(
+                f"criterion {tracker.test.name!r} reads logits, which need a head; use latent-diff or cosine"
+            )
+        active = torch.ones(embedded.shape[:2], dtype=torch.bool, device=embedded.device)
+        steps_run = torch.zeros_like(active, dtype=torch.long)
+        core_passes = 0
+        for step in range(1, policy.num_steps + 1):
+            subset = TokenSubset.of(active)
+            core_passes += subset.positions.numel()
+            steps_run = steps_run + active
+            whole = bool(active.all())
+            running = replace(context if whole else context.gather(subset), steps_run=steps_run)
+            if whole:
+                moved = state = self.step(embedded, state, running, step).to(embedded.device)
+            else:
+                moved = self.step(subset.gather(embedded), subset.gather(state), running, step).to(embedded.device)
+                state = state.clone()
+                state[active] = moved[subset.real]
+            if step == policy.num_steps:
+                break
+            looked_at = moved
+            if tracker.test.of_logits:
+                assert read_logits is not None
+                looked_at = read_logits(moved, running).to(embedded.device)
+            settled = tracker.settled(looked_at[subset.real], active.flatten().nonzero()[:, 0], step)
+            active = active.masked_scatter(active, ~settled)
+            if real is not None:
+                active = active & real
+            if not bool(active.any()):
+                break
+        return state, steps_run, core_passes
+
+    def run_coda(
+        self, state: torch.Tensor, context: PassContext, record: list[torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """s_r in; (latent states, normed output), each `[B, T, D]`, out."""
+        if self.config.norm_before_coda:
+            state = self.ln_f(state)
+        return state, self.ln_f(self.run_layers(self.coda, state, context, record=record))
+
+    def leave(
+        self,
+        state: torch.Tensor,
+        context: PassContext,
+        record: list[torch.Tensor] | None = None,
+        steps_run: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The coda, which ends the pass: what is cached now belongs to the past."""
+        latent_states, hidden = self.run_coda(state, context, record)
+        if context.cache is not None:
+            context.cache.commit(latent_states, steps_run)
+        return latent_states, hidden
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: RecurrentDepthCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        input_states: torch.Tensor | None = None,
+        policy: DepthPolicy | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        read_logits: ReadLogits | None = None,
+        return_dict: bool | None = None,
+        **keywords: Any,
+    ) -> StackOutput | tuple[Any, ...]:
+        """As `RecurrentDepthForCausalLM.forward`, up to the head.
+
+        Args:
+            read_logits: the head, for exit tests that look at logits.
+            keywords: those of `DepthPolicy.resolve`, in place of a policy.
+        """
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and self.training and self.is_gradient_checkpointing:
+            raise UserError("use_cache=True can't go with gradient checkpointing; pass use_cache=False")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        cache = past_key_values
+        check_cache(self.config, cache)
+        held_rule = cache.rule if cache is not None else None
+        if policy is None:
+            policy = DepthPolicy.resolve(self.config, held_rule=held_rule, training=self.training, **keywords)
+        elif keywords:
+            raise UserError(f"give either a policy or {min(keywords)}, and not both")
+        elif held_rule is not None and held_rule != policy.cache_rule:
+            raise UserError(
+                f"the policy has cache_rule={policy.cache_rule.name!r}, but past_key_values keeps {held_rule.name!r}; "
+                f"resolve the policy with cache_rule={held_rule.name!r}, or leave the cache out"
+            )
+        if policy.test is not None:
+            if output_hidden_states:
+                raise UserError(
+                    "output_hidden_states can't go with a criterion; tokens run different numbers of layers"
+                )
+            if torch.is_grad_enabled() and self.training:
+                raise UserError("a criterion is for inference; call model.eval() and give num_steps as one number")
+        if cache is None and (use_cache or policy.test is not None):
+            cache = RecurrentDepthCache(self.config, policy.cache_rule.name)
+        carried = None
+        if policy.continuous_compute:
+            carried = self._carried_state(cache)
+
+        x = self.embed(input_ids, inputs_embeds)
+        whole_masks = policy.test is not None or policy.cache_rule.missing == "skip"
+        context = self.context(x, attention_mask, position_ids, cache, whole_masks)
+        if cache is not None:
+            cache.check_steps(policy.num_steps)
+        for watcher in self.watchers:
+            watcher.start_pass(x, context, policy.num_steps, attention_mask)
+        context.watchers = self.watchers
+        record = [x] if output_hidden_states else None
+        embedded = context.watched("embedded", None, 0, self.run_prelude(x, context, record))
+        state = input_states
+        if state is None and carried is not None and embedded.shape[1] == 1:
+            state = carried.to(embedded.device)
+        context.continued = state is not None
+        if state is None:
+            state = self.initial_state(embedded, context.position_ids, policy.state_seed)
+        state = context.watched("state", None, 0, state)
+        steps_run = None
+        stats: dict[str, Any] = {"num_steps": policy.num_steps}
+        if policy.test is not None:
+            assert cache is not None
+            mask = cache.padding_mask
+            real = mask[:, -x.shape[1] :].bool() if mask is not None else None
+            state, steps_run, core_passes = self.run_adaptive(embedded, state, context, policy, real, read_logits)
+            stats = {"num_steps": steps_run, "core_passes": core_passes}
+        else:
+            state = self.run_fixed(
+                embedded, state, context, policy.num_steps, without_gradient=policy.without_gradient, record=record
+            )
+        latent_states, hidden = self.leave(state, context, record, steps_run)
+        output = StackOutput(
+            last_hidden_state=hidden,
+            past_key_values=cache if use_cache or past_key_values is not None else None,
+            latent_states=latent_states,
+            hidden_states=tuple(record) if record is not None else None,
+            stats=stats,
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    @staticmethod
+    def _carried_state(cache: RecurrentDepthCache | None) -> torch.Tensor | None:
+        """s_r of the token before, `[B, 1, D]`; None at the start of a text."""
+        if cache is None:
+            raise UserError("continuous_compute=True needs a cache to carry the state; leave use_cache on")
+        if cache.last_state is None and cache.get_seq_length():
+            raise UserError("continuous_compute=True can't go on from a cropped cache, whose last state is gone")
+        return cache.last_state
