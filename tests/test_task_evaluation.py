@@ -193,7 +193,8 @@ def test_mistakes_on_the_command_line(trained, words, said):
 
 def test_generate_answers_in_the_tasks_words(trained):
     run = CliRunner().invoke(
-        app, ["generate", str(trained), "links: A>B B>B C>A D>D E>D F>F G>F C", "--num-steps", "2", "--max-new-tokens", "1"]
+        app,
+        ["generate", str(trained), "links: A>B B>B C>A D>D E>D F>F G>F C", "--num-steps", "2", "--max-new-tokens", "1"],
     )
     assert run.exit_code == 0, run.output
 
