@@ -25,13 +25,13 @@ from redepth.evaluation.tasks import compact_batches, task_accuracy
 from redepth.healing.from_scratch import TaskTraining, save_task_model, task_config, train_on_task
 
 TASKS = {
-    "roots": "task:roots?depth=0-5&nodes=16",
+    "roots": "task:roots?depth=0-5&nodes=12",
     "variables": "task:variables?depth=0-5&lines=12&modulus=3",
     "iterate": "task:iterate?depth=1-5&nodes=12",
     "addition": "task:addition?depth=0-5&places=14",
 }
 DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
-UPDATES = {"roots": 800, "variables": 1200, "iterate": 900, "addition": 400}
+UPDATES = {"roots": 700, "variables": 1200, "iterate": 900, "addition": 400}
 PROBLEMS = 256  # of each split, to measure on
 CRITERION, THRESHOLD = "kl", 0.05
 

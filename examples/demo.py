@@ -28,8 +28,8 @@ from redepth.evaluation.tasks import TaskAccuracy, compact_batches, task_accurac
 from redepth.healing.from_scratch import TaskTraining, require_array_task, save_task_model, task_config, train_on_task
 
 FOLDER = Path("demo")
-TASK = "task:roots?depth=0-5&nodes=16"
-UPDATES = 800
+TASK = "task:roots?depth=0-5&nodes=12"
+UPDATES = 700
 SECONDS = 200  # of training at the most; a slow machine ends before all updates are made
 NUM_STEPS = [1, 2, 3, 4, 6, 8, 10, 12]
 EXIT_TEST, EXIT_THRESHOLD = "kl", 0.05
