@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from pages import replace_table
 
-from redepth.analysis.cost import count_parameters, training_flops_per_token
+from redepth.checkpoint.cost import count_parameters, training_flops_per_token
 from redepth.checkpoint.folder import write_json
 from redepth.data.tasks import ArrayTask, open_task
 from redepth.evaluation.tasks import compact_batches, task_accuracy
@@ -26,10 +26,10 @@ from redepth.healing.from_scratch import TaskTraining, save_task_model, task_con
 
 TASKS = {
     "roots": "task:roots?depth=0-5&nodes=12",
-    "variables": "task:variables?depth=0-5&lines=12",
+    "iterate": "task:iterate?depth=1-5&nodes=12",
 }
 DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
-UPDATES = 700
+UPDATES = {"roots": 700, "iterate": 900}
 PROBLEMS = 256  # of each split, to measure on
 CRITERION, THRESHOLD = "kl", 0.05
 
@@ -54,24 +54,23 @@ class Run:
     tasks: tuple[str, ...] = tuple(TASKS)
 
 
-EVERY_STEP = TaskTraining("every-step", updates=UPDATES)
-STATIC = TaskTraining("last", num_steps=1, updates=UPDATES)
+EVERY_STEP = TaskTraining("every-step")
+STATIC = TaskTraining("last", num_steps=1)
 RUNS = {
     "looped": Run("looped, a label for every step", EVERY_STEP),
     "static": Run("the same layers without recurrence, same tokens", STATIC),
     "static-flops": Run("the same layers without recurrence, same FLOPs", STATIC, flops_of="looped"),
-    "last": Run("looped, a label for the last step alone", TaskTraining("last", updates=UPDATES)),
     "scratchpad": Run(
-        "the same layers without recurrence, intermediate results written out",
-        TaskTraining("scratchpad", num_steps=1, updates=UPDATES),
+        "the same layers without recurrence, intermediate results written out", TaskTraining("scratchpad", num_steps=1)
     ),
     "rerun": Run(
         "the same layers without recurrence, trained to make one step and run again on its own answers",
-        TaskTraining("every-step", num_steps=1, window=1, updates=UPDATES),
+        TaskTraining("every-step", num_steps=1, window=1),
         feed_back=True,
         tasks=("roots",),
     ),
-    "unshared": Run("as deep as the looped model at r = 8, no layer shared, same tokens", STATIC, layers=(1, 8, 0)),
+    "unshared": Run("9 layers as the looped model runs at r = 8, none shared, same tokens", STATIC, layers=(1, 8, 0)),
+    "last": Run("looped, a label for the last step alone", TaskTraining("last")),
 }
 
 
@@ -132,7 +131,7 @@ def run_one(task_name: str, run_name: str, seed: int, out: Path) -> None:
     run, task = RUNS[run_name], open_task(TASKS[task_name])
     assert isinstance(task, ArrayTask)
     config = task_config(task, layers=run.layers, num_steps=1 if run.training.num_steps else task.depth[1] + 3)
-    training = replace(run.training, seed=seed)
+    training = replace(run.training, seed=seed, updates=UPDATES[task_name])
     count = count_parameters(config)
     if run.flops_of:
         other = json.loads((out / f"{task_name}-{run.flops_of}-{seed}.json").read_text())
@@ -183,10 +182,10 @@ def main() -> None:
         return
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    for seed in range(max(run.seeds for run in RUNS.values())):
-        for run_name in options.runs:
+    for run_name in options.runs:
+        for seed in range(RUNS[run_name].seeds):
             for task_name in options.tasks:
-                if seed < RUNS[run_name].seeds and task_name in RUNS[run_name].tasks:
+                if task_name in RUNS[run_name].tasks:
                     run_one(task_name, run_name, seed, options.out)
 
 

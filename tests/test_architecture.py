@@ -39,7 +39,8 @@ def imports_of(file: Path) -> list[tuple[str, int]]:
 
 
 def test_modelling_files_stand_alone() -> None:
-    for file in (PACKAGE / "modeling").glob("*.py"):
+    """All but the package's own `__init__`, which does not travel."""
+    for file in set((PACKAGE / "modeling").glob("*.py")) - {PACKAGE / "modeling" / "__init__.py"}:
         for module, level in imports_of(file):
             assert level == 1 or module.split(".")[0] in MODELING_MAY_IMPORT, f"{file.name} imports {module}"
             assert level != 1 or "." not in module, f"{file.name} imports {module}; exported files lie flat"

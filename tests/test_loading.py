@@ -106,6 +106,15 @@ def test_an_index_does_not_lead_out_of_its_folder(checkpoint: Path, index: objec
             read(checkpoint)
 
 
+def test_what_is_written_into_is_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RedepthError, match="'org/tiny' is no local folder.*redepth convert org/tiny tiny"):
+        VERBS["calibrate"](Path("org/tiny"))
+    with pytest.raises(RedepthError, match="does not exist"):
+        VERBS["calibrate"](tmp_path / "nowhere")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_transformers_takes_is_passed_on(checkpoint: Path) -> None:
     ids = random_ids(1, 9)
     plain = redepth.load(checkpoint)

@@ -15,7 +15,7 @@ from .registration import register_with_transformers
 if TYPE_CHECKING:
     from .analysis.patch import patch
     from .analysis.record import record
-    from .api import calibrate, convert, create, evaluate, heal, inspect, load, plan, retrofit, verify
+    from .api import analyze, calibrate, convert, create, evaluate, heal, inspect, load, plan, retrofit, verify
     from .griffin import RecurrentGemmaCache, RecurrentGemmaConfig, RecurrentGemmaForCausalLM, RecurrentGemmaModel
     from .healing.recipe import HealRecipe
     from .modeling import DepthPolicy, RecurrentDepthCache, RecurrentDepthConfig, RecurrentDepthForCausalLM
@@ -25,7 +25,20 @@ __version__ = version("redepth")
 # Where each name lives.
 _MODULES = {
     **dict.fromkeys(
-        ("calibrate", "convert", "create", "evaluate", "heal", "inspect", "load", "plan", "retrofit", "verify"), "api"
+        (
+            "analyze",
+            "calibrate",
+            "convert",
+            "create",
+            "evaluate",
+            "heal",
+            "inspect",
+            "load",
+            "plan",
+            "retrofit",
+            "verify",
+        ),
+        "api",
     ),
     **dict.fromkeys(
         ("RecurrentGemmaCache", "RecurrentGemmaConfig", "RecurrentGemmaForCausalLM", "RecurrentGemmaModel"), "griffin"
@@ -50,6 +63,7 @@ __all__ = [
     "RecurrentGemmaModel",
     "RedepthError",
     "__version__",
+    "analyze",
     "calibrate",
     "convert",
     "create",

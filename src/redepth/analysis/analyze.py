@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import torch
 from transformers import AutoModelForCausalLM
 
-from redepth.checkpoint.folder import whole_folder, write_json
-from redepth.checkpoint.load import load, load_tokenizer
+from redepth.checkpoint.folder import CheckpointFolder, write_json
+from redepth.checkpoint.load import load, load_tokenizer, read_config
 from redepth.data.rows import held_out_text
 from redepth.errors import RedepthError, first_line
 from redepth.evaluation.held_out import next_token_loss
@@ -157,31 +157,32 @@ def analyze(
         raise RedepthError(f"rows {rows} and sequence_length {sequence_length} must be at least 1 and 2")
     check_depth(num_steps)
     require_matplotlib()
-    if not is_recurrent(checkpoint):
-        raise RedepthError(
-            f"checkpoint {str(checkpoint)!r} has no loop to look into; convert it with redepth convert first"
-        )
+    config, _ = read_config(checkpoint)
     with_loop = compare is not None and is_recurrent(compare)
+    tokenizer = load_tokenizer(checkpoint)
+    if compare is not None and load_tokenizer(compare).get_vocab() != tokenizer.get_vocab():
+        raise RedepthError(f"{str(compare)!r} has other tokens than {str(checkpoint)!r}; their steps can't be compared")
+    if data is None:
+        texts = encode_prompts(tokenizer, prompts)
+    else:
+        texts = held_out_text(tokenizer, data, text_column, sequence_length, rows).tolist()
+    longest = max(len(ids) for ids in texts)
+    if longest > config.block_size:
+        raise RedepthError(f"a text of {longest} tokens is more than the {config.block_size} this model allows")
     folder = Path(out) if out is not None else Path(f"{Path(checkpoint).name}-analysis")
-    with whole_folder(folder, overwrite) as beside:
-        tokenizer = load_tokenizer(checkpoint)
-        if compare is not None and load_tokenizer(compare).get_vocab() != tokenizer.get_vocab():
-            raise RedepthError(
-                f"{str(compare)!r} has other tokens than {str(checkpoint)!r}; their steps can't be compared"
-            )
-        if data is not None:
-            texts = held_out_text(tokenizer, data, text_column, sequence_length, rows).tolist()
-        else:
-            texts = encode_prompts(tokenizer, prompts)
-        model: Any = load(checkpoint, dtype, device)
-        found = [analyze_model(str(checkpoint), model, texts, tokenizer, num_steps, on_part)]
-        precision = str(model.dtype).removeprefix("torch.")
-        del model
-        if with_loop:
-            other: Any = load(str(compare), dtype, device)
-            found.append(analyze_model(str(compare), other, texts, tokenizer, num_steps, on_part))
-        elif compare is not None:
-            found.append(_static_analysis(str(compare), texts, dtype, device))
+    place = CheckpointFolder(folder)
+    place.check_replaceable(overwrite)
+
+    model: Any = load(checkpoint, dtype, device)
+    found = [analyze_model(str(checkpoint), model, texts, tokenizer, num_steps, on_part)]
+    precision = str(model.dtype).removeprefix("torch.")
+    del model
+    if with_loop:
+        other: Any = load(str(compare), dtype, device)
+        found.append(analyze_model(str(compare), other, texts, tokenizer, num_steps, on_part))
+    elif compare is not None:
+        found.append(_static_analysis(str(compare), texts, dtype, device))
+    with place.replacing(overwrite) as beside:
         made_by = {
             "redepth": version("redepth"),
             "torch": torch.__version__,

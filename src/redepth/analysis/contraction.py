@@ -59,7 +59,7 @@ def largest_stretch(
     for done in range(1, iterations + 1):
         both: Any = torch.func.jvp(step, (state,), (direction,))
         pushed = both[1]
-        before, largest = largest, float(pushed.norm())
+        before, largest = largest, float(pushed.detach().norm())
         if abs(largest - before) <= tolerance * largest:
             return Stretch(largest, done, True)
         (direction,) = pull_back(pushed)

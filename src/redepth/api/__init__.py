@@ -8,7 +8,7 @@ from redepth.surgery.plan import DEFAULT_ADAPTER, DEFAULT_STATE, GROUPS
 from redepth.surgery.presets import PRESETS
 
 from .making import Converted, Created, convert, create, plan
-from .measuring import calibrate, evaluate, inspect, load, load_tokenizer, read_config, verify
+from .measuring import analyze, calibrate, evaluate, inspect, load, load_tokenizer, read_config, verify
 from .training import heal, plan_healing, retrofit
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "PRESETS",
     "Converted",
     "Created",
+    "analyze",
     "calibrate",
     "convert",
     "create",

@@ -76,6 +76,7 @@ def calibrate(
     Raises:
         RedepthError: for a checkpoint that is not a local folder, or text or numbers that do not fit.
     """
+    from redepth.checkpoint.folder import local_checkpoint
     from redepth.checkpoint.load import load_tokenizer, read_config
     from redepth.data.rows import held_out_text
     from redepth.evaluation.calibrate import calibrate as measure
@@ -84,7 +85,7 @@ def calibrate(
         raise RedepthError(f"--most-steps must be at least 2, got {most_steps}; there is nothing to compare")
     if rows < 1 or sequence_length < 2:
         raise RedepthError(f"--rows {rows} and --sequence-length {sequence_length} must be at least 1 and 2")
-    config, _ = read_config(checkpoint)
+    config, _ = read_config(local_checkpoint(checkpoint))
     if sequence_length > config.block_size:
         raise RedepthError(
             f"--sequence-length {sequence_length} is more than the {config.block_size} this model allows"
@@ -147,6 +148,59 @@ def evaluate(
 
         write_evaluations(found, Path(out))
     return found
+
+
+def analyze(
+    checkpoint: str | Path,
+    prompts: Sequence[str] = (),
+    data: str | None = None,
+    *,
+    out: str | Path | None = None,
+    num_steps: int = 32,
+    compare: str | Path | None = None,
+    text_column: str = "text",
+    rows: int = 4,
+    sequence_length: int = 128,
+    dtype: str = "auto",
+    device: "str | torch.device" = "auto",
+    overwrite: bool = False,
+    on_progress: OnProgress | None = None,
+) -> dict[str, Any]:
+    """Look inside the loop on some texts, and write a report with pictures and tables.
+
+    Args:
+        checkpoint: folder or hub id.
+        prompts: texts; or `data`, held-out text as for `calibrate`.
+        out: folder to write; the checkpoint's name with `-analysis` by default.
+        num_steps: how deep to go, at least 7.
+        compare: another checkpoint for the same texts, recurrent or not, with the same tokens.
+        overwrite: replace a folder that redepth wrote.
+        on_progress: called with (checkpoint, share done).
+
+    Returns:
+        what `summary.json` holds: `verdict`, `figures`, and the same of `compare`.
+
+    Raises:
+        RedepthError: for texts or numbers that do not fit; before any compute.
+    """
+    from redepth.analysis.analyze import analyze as look
+    from redepth.runtime import choose_device
+
+    return look(
+        checkpoint,
+        prompts,
+        data,
+        out,
+        num_steps,
+        compare,
+        text_column,
+        rows,
+        sequence_length,
+        dtype,
+        str(choose_device(device)),
+        overwrite,
+        on_progress,
+    )
 
 
 def inspect(

@@ -20,27 +20,30 @@ def heal(
     recipe: "HealRecipe | str | Path | None" = None,
     to: str | Path | None = None,
     *,
+    further: bool = False,
     on_progress: "Callable[[Progress], None] | None" = None,
     on_preflight: "Callable[[Preflight], None] | None" = None,
     **changes: Any,
 ) -> "Healing":
-    """Train a recurrent checkpoint so that it makes use of its depth; an interrupted run goes on with the same call.
+    """Train a recurrent checkpoint so that it makes use of its depth; the same call resumes an interrupted run.
 
     Args:
-        checkpoint: folder of a recurrent checkpoint: converted, new or published.
+        checkpoint: folder of a recurrent checkpoint: converted, new, published, or healed before; or a hub id, with `to`.
         recipe: a YAML file with a section `heal`, or its content; the defaults of `HealRecipe` if left out.
         to: folder for the healed model, instead of healing in place.
+        further: heal in place a checkpoint that is healed already; the records of all runs are kept.
         on_progress: called with each record of the run.
         on_preflight: called once, before the training, unless the run is taken up again.
         changes: keys of the recipe, laid over it.
 
     Raises:
-        RedepthError: for a checkpoint, data or recipe that does not fit, or a run that goes wrong step after step.
+        RedepthError: for a checkpoint, data or recipe that does not fit or has changed since the run began, a folder
+            that can't be written, or a run that goes wrong.
         HealingInterrupted: after SIGTERM.
     """
     from redepth.healing.heal import heal as run
 
-    return run(checkpoint, _heal_recipe(recipe, changes), to, on_progress, on_preflight)
+    return run(checkpoint, _heal_recipe(recipe, changes), to, on_progress, on_preflight, further)
 
 
 def plan_healing(
@@ -57,11 +60,10 @@ def plan_healing(
 
 
 def _heal_recipe(recipe: "HealRecipe | str | Path | None", changes: dict[str, Any]) -> "HealRecipe":
-    from redepth.healing.recipe import HealRecipe, read_heal_recipe
+    from redepth.healing.recipe import HealRecipe, fill, laid_over, read_heal_recipe
 
     if isinstance(recipe, HealRecipe):
-        given = {key: value for key, value in changes.items() if value is not None}
-        return HealRecipe(**recipe.model_dump(exclude_unset=True) | given) if given else recipe
+        return fill(HealRecipe, laid_over(recipe.model_dump(exclude_unset=True), changes), "healing recipe")
     return read_heal_recipe(Path(recipe) if recipe is not None else None, **changes)
 
 

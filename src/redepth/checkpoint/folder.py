@@ -192,17 +192,21 @@ class CheckpointFolder:
                 yield stage
 
     @contextmanager
-    def updating(self) -> Iterator[Path]:
+    def updating(self, outdated: Iterable[str] = ()) -> Iterator[Path]:
         """A folder to write new versions of some files into, which take their place together when the block ends well.
 
         All others stay, but where new weights are written the old ones go.
+
+        Args:
+            outdated: names of records that hold no longer, and go as well.
 
         Raises:
             RedepthError: as `locked`, or where a file is in the way that redepth did not write.
         """
 
         def stale(staged: set[str]) -> set[str]:
-            return set(self.weights()) - staged if any(map(is_weights, staged)) else set()
+            weights = set(self.weights()) if any(map(is_weights, staged)) else set()
+            return (weights | set(outdated)) - staged
 
         with self.locked(), self._staged(stale) as stage:
             yield stage
@@ -269,6 +273,27 @@ class CheckpointFolder:
         return exported | {f"{value.partition('.')[0]}.py" for value in named if isinstance(value, str)}
 
 
+def local_checkpoint(name: str | Path) -> Path:
+    """The folder of a checkpoint that is to be written into.
+
+    Raises:
+        RedepthError: for a hub id, and for a folder that is not there or holds no checkpoint.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        CheckpointFolder(folder).settle()
+        if (folder / CONFIG_FILE).is_file():
+            return folder
+        raise RedepthError(f"{str(name)!r} has no config.json; give a folder made by redepth convert")
+    text = str(name)
+    if text.count("/") == 1 and not text.startswith((".", "/", "~")):
+        raise RedepthError(
+            f"{text!r} is no local folder, and a hub repository can't be written into; fetch it first: redepth convert "
+            f"{text} {text.partition('/')[2]}"
+        )
+    raise RedepthError(f"checkpoint {text!r} does not exist; make one with redepth convert")
+
+
 def is_weights(name: str) -> bool:
     """Whether a checkpoint's file of that name holds weights, or says which do."""
     return name in (WEIGHTS_FILE, INDEX_FILE) or SHARD.fullmatch(name) is not None
@@ -328,7 +353,7 @@ def read_recipe(folder: Path) -> dict[str, Any]:
         content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RedepthError(f"{file} is no readable YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
+    if not isinstance(content, dict) or not all(isinstance(section, dict | list) for section in content.values()):
         raise RedepthError(f"{file} is not the record that redepth writes, a table of sections; restore or remove it")
     return content
 
@@ -364,3 +389,15 @@ def write_json(file: Path, content: Any) -> None:
 def write_jsonl(file: Path, records: list[dict[str, Any]]) -> None:
     """One record a line."""
     file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+def read_jsonl(file: Path) -> list[dict[str, Any]]:
+    """The records of a file with one a line; none where there is no such file.
+
+    Raises:
+        RedepthError: for a line that is no JSON.
+    """
+    try:
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    except ValueError as error:
+        raise RedepthError(f"{file} is no readable JSON, line by line: {first_line(error)}") from None

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from redepth import api
@@ -101,19 +102,28 @@ def _number(text: str) -> float:
 
 
 def accuracy_table(found: Any) -> Table:
-    """One task's accuracy in per cent, with standard errors, a row for each difficulty."""
-    columns = [f"r = {steps}" for steps in found.num_steps]
-    ending = ["exit steps", "accuracy"] if found.exits is not None else []
+    """One task's accuracy in per cent, with standard errors from 0.5 up, a row for each difficulty."""
+    columns = ["difficulty", "answers", *(f"r={steps}" for steps in found.num_steps)]
+    if found.exits is not None:
+        columns += ["exit step", "right"]
+    beyond = bool(found.trained_most) and found.difficulties[-1] > found.trained_most
     table = Table(
-        "difficulty", "answers", *columns, *ending, title=f"{found.task}: accuracy, per cent", title_justify="left"
+        title=f"{found.task}: accuracy in per cent",
+        title_justify="left",
+        caption="* more difficult than anything trained" if beyond else None,
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
     for number, difficulty in enumerate(found.difficulties):
-        beyond = " (not trained)" if found.trained_most and difficulty > found.trained_most else ""
+        star = "*" if beyond and difficulty > found.trained_most else " "
         cells = [
-            f"{100 * value:.1f} ± {100 * error:.1f}"
+            f"{100 * value:.0f}" + (f"±{100 * error:.0f}" if error >= 0.005 else "")
             for value, error in zip(found.accuracy[number], found.standard_error[number], strict=True)
         ]
         if found.exits is not None:
-            cells += [f"{found.exits.mean_steps[number]:.2f}", f"{100 * found.exits.accuracy[number]:.1f}"]
-        table.add_row(f"{difficulty}{beyond}", str(found.answers[number]), *cells)
+            cells += [f"{found.exits.mean_steps[number]:.1f}", f"{100 * found.exits.accuracy[number]:.0f}"]
+        table.add_row(f"{difficulty}{star}", str(found.answers[number]), *cells)
     return table

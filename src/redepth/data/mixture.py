@@ -10,8 +10,8 @@ from datasets import IterableDataset
 from redepth.errors import RedepthError
 
 from .rows import Place, SourceRows, held_out_rows, held_out_text
-from .source import DataSource
-from .text import PYTHON_DOCS, open_text
+from .source import PYTHON_DOCS, DataSource
+from .text import open_text
 
 
 class TextSettings(Protocol):

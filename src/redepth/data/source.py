@@ -2,6 +2,8 @@
 
 from pydantic import BaseModel, ConfigDict, Field
 
+PYTHON_DOCS = "python-docs"
+
 
 class DataSource(BaseModel):
     """One source of a mixture."""

@@ -14,6 +14,7 @@ from .errors import UserError
 
 logger = logging.get_logger(__name__)
 
+
 # The published names among them mean the same.
 STATE_MODES = {
     "noise": "noise",
@@ -163,6 +164,14 @@ class RecurrentDepthConfig(PreTrainedConfig):
         self.init_values = published_start | (self.init_values or {})
         super().__post_init__(**kwargs)
         self.validate_architecture()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, with the longest text under transformers' own name as well.
+
+        Where this class is not known, as for a tokenizer, the file is read as a plain configuration, and that one looks
+        for the name to check a rope that was stretched.
+        """
+        return super().to_dict() | {"max_position_embeddings": self.block_size}
 
     @property
     def embed_scale(self) -> float:

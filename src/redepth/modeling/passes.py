@@ -34,6 +34,7 @@ class PassContext:
         subset: the tokens of this call, where they are not all of the pass.
         steps_run: `[B, T]`, under a criterion: the steps that the tokens have run so far.
         reading: how recurrent layers read the columns of the pass; None where there are none.
+        watchers: see `RecurrentStack.watchers`.
         continued: whether the first step starts from a state that was carried over, in place of s_0; or `[B, T]`, which
             tokens' does.
     """
@@ -46,6 +47,7 @@ class PassContext:
     steps_run: torch.Tensor | None = None
     reading: ReadingOrder | None = None
     continued: bool | torch.Tensor = False
+    watchers: tuple[Any, ...] = ()
     # Copies on other devices, so that a model spread over several moves each context there once.
     _elsewhere: dict[torch.device, "PassContext"] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -58,7 +60,7 @@ class PassContext:
         if device == self.position_ids.device:
             return self
         if device not in self._elsewhere:
-            kept = {"cache": self.cache}
+            kept: dict[str, Any] = {"cache": self.cache, "watchers": self.watchers}
             moved = {
                 part.name: _moved(getattr(self, part.name), device, non_blocking)
                 for part in fields(self)
@@ -66,6 +68,16 @@ class PassContext:
             }
             self._elsewhere[device] = PassContext(**kept, **moved)
         return self._elsewhere[device]
+
+    def watched(self, part: str, layer: int | None, step: int, value: torch.Tensor) -> torch.Tensor:
+        """What goes on in the place of a part's value: the same, unless a watcher puts another there."""
+        for watcher in self.watchers:
+            value = watcher(part, layer, step, value, self)
+        return value
+
+    def wants(self, part: str, layer: int | None, step: int) -> bool:
+        """Whether a watcher asks for a part that is not worked out otherwise."""
+        return any(watcher.wants(part, layer, step) for watcher in self.watchers)
 
     def gather(self, subset: TokenSubset) -> "PassContext":
         """The context of some tokens of a pass; masks must be written out, `[B or 1, 1, T, S]`."""

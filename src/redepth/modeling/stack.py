@@ -70,6 +70,10 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
         self.ln_f = norm(config, config.n_embd)
         # Training: keep only the states between steps, and run each step again in the backward pass.
         self.checkpoint_steps = False
+        # Each is told of every `forward` before it runs (`start_pass`), and called with (part, layer, step, value, context)
+        # as the parts come to be; what it gives back goes on in the value's place. A layer is counted over the whole
+        # stack; the step is 0 for the initial state and outside the core.
+        self.watchers: tuple[Any, ...] = ()
         self.post_init()
 
     def __getitem__(self, part: str) -> nn.Module:
@@ -162,7 +166,7 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
             injected = self.adapter(torch.cat([state, embedded], dim=-1))
             if skips and isinstance(context.continued, torch.Tensor):
                 injected = torch.where(context.continued[..., None], injected, embedded.to(injected.device))
-        return self.run_layers(self.core_block, injected, context, step, record)
+        return context.watched("state", None, step, self.run_layers(self.core_block, injected, context, step, record))
 
     def run_fixed(
         self,
@@ -320,14 +324,18 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
         context = self.context(x, attention_mask, position_ids, cache, whole_masks)
         if cache is not None:
             cache.check_steps(policy.num_steps)
+        for watcher in self.watchers:
+            watcher.start_pass(x, context, policy.num_steps, attention_mask)
+        context.watchers = self.watchers
         record = [x] if output_hidden_states else None
-        embedded = self.run_prelude(x, context, record)
+        embedded = context.watched("embedded", None, 0, self.run_prelude(x, context, record))
         state = input_states
         if state is None and carried is not None and embedded.shape[1] == 1:
             state = carried.to(embedded.device)
         context.continued = state is not None
         if state is None:
             state = self.initial_state(embedded, context.position_ids, policy.state_seed)
+        state = context.watched("state", None, 0, state)
         steps_run = None
         stats: dict[str, Any] = {"num_steps": policy.num_steps}
         if policy.test is not None:

@@ -17,7 +17,8 @@ class Variables(ArrayTask):
 
     Difficulty is how many assignments lie between a variable and its constant. After step i the result is the value as it
     is if a variable more than i assignments back counts as 0 — the sum of the last i + 1 constants — and the right one
-    once the first assignment is among them. In compact ids each line asks for its own variable, at its last token.
+    once the first assignment is among them. In compact ids a line is a constant and then what is
+    added and where it goes, `7 >B` and `4 +B>D`, and asks for its own variable.
 
     Attributes:
         lines: how many assignments a problem has.
@@ -52,8 +53,8 @@ class Variables(ArrayTask):
     @property
     def other_words(self) -> list[str]:
         names = letters(self.lines)
-        sums = [f"{name}={used}+" for name in names for used in names]
-        return [*sums, *(f"{name}=" for name in names), *names, END]
+        sums = [f"+{used}>{name}" for name in names for used in names]
+        return [*sums, *(f">{name}" for name in names), *names, END]
 
     @property
     def usual_questions(self) -> int:
@@ -92,8 +93,8 @@ class Variables(ArrayTask):
     def statement(self, problems: Problems) -> np.ndarray:
         name, source, lines = problems["name"], problems["source"], self.lines
         used = np.take_along_axis(name, np.maximum(source, 0), 1)
-        left = self.modulus + np.where(source < 0, lines**2 + name, name * lines + used)
-        return np.stack([left, problems["constant"]], 2).reshape(len(problems), -1)
+        stored = self.modulus + np.where(source < 0, lines**2 + name, name * lines + used)
+        return np.stack([problems["constant"], stored], 2).reshape(len(problems), -1)
 
     def places_in_statement(self, problems: Problems) -> np.ndarray:
         return 2 * problems["asked"] + 1
