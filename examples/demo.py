@@ -21,9 +21,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import redepth
-from redepth.evaluation.plots import plot_accuracy_by_depth, plot_loss_by_depth
 from redepth.checkpoint.folder import read_recipe, write_json
 from redepth.data.tasks import ArrayTask, open_task
+from redepth.evaluation.plots import plot_accuracy_by_depth, plot_loss_by_depth
 from redepth.evaluation.tasks import TaskAccuracy, compact_batches, task_accuracy
 from redepth.healing.from_scratch import TaskTraining, require_array_task, save_task_model, task_config, train_on_task
 

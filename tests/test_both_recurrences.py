@@ -191,6 +191,19 @@ def test_assisted_decoding_equals_plain(models, zoo) -> None:
     assert torch.equal(model.generate(ids, **OPTIONS, prompt_lookup_num_tokens=2), plain)
 
 
+def test_assisted_decoding_on_padded_prompts(models, zoo) -> None:
+    """Padding on the left, and a prompt that holds the padding's id as a token, which generate takes for padding."""
+    model, ids = models["griffin"], random_ids(1, 9)
+    ids[0, 5] = 0
+    assistant = plan_conversion(zoo["griffin"], "0:2", "2:4", "5:6", adapter="inject").model()
+    padded = torch.ones_like(ids)
+    padded[0, :3] = 0
+    for inputs in ({"attention_mask": padded}, {"pad_token_id": 0}):
+        plain = model.generate(ids, **OPTIONS, **inputs)
+        assert torch.equal(model.generate(ids, **OPTIONS, **inputs, assistant_model=assistant), plain)
+        assert torch.equal(model.generate(ids, **OPTIONS, **inputs, prompt_lookup_num_tokens=2), plain)
+
+
 def test_crop_under_latest_takes_back_what_stood_in(model) -> None:
     ids = random_ids(2, 8)
     cache = RecurrentDepthCache(model.config, "latest")

@@ -18,7 +18,14 @@ if TYPE_CHECKING:
     from .api import analyze, calibrate, convert, create, evaluate, heal, inspect, load, plan, retrofit, verify
     from .griffin import RecurrentGemmaCache, RecurrentGemmaConfig, RecurrentGemmaForCausalLM, RecurrentGemmaModel
     from .healing.recipe import HealRecipe
-    from .modeling import DepthPolicy, RecurrentDepthCache, RecurrentDepthConfig, RecurrentDepthForCausalLM
+    from .modeling import (
+        DepthPolicy,
+        RecurrentDepthCache,
+        RecurrentDepthConfig,
+        RecurrentDepthForCausalLM,
+        RecurrentStack,
+    )
+    from .modeling.classification import RecurrentDepthForSequenceClassification
 
 __version__ = version("redepth")
 
@@ -44,9 +51,17 @@ _MODULES = {
         ("RecurrentGemmaCache", "RecurrentGemmaConfig", "RecurrentGemmaForCausalLM", "RecurrentGemmaModel"), "griffin"
     ),
     **dict.fromkeys(
-        ("DepthPolicy", "RecurrentDepthCache", "RecurrentDepthConfig", "RecurrentDepthForCausalLM"), "modeling"
+        (
+            "DepthPolicy",
+            "RecurrentDepthCache",
+            "RecurrentDepthConfig",
+            "RecurrentDepthForCausalLM",
+            "RecurrentStack",
+        ),
+        "modeling",
     ),
     "HealRecipe": "healing.recipe",
+    "RecurrentDepthForSequenceClassification": "modeling.classification",
     "patch": "analysis.patch",
     "record": "analysis.record",
 }
@@ -57,10 +72,12 @@ __all__ = [
     "RecurrentDepthCache",
     "RecurrentDepthConfig",
     "RecurrentDepthForCausalLM",
+    "RecurrentDepthForSequenceClassification",
     "RecurrentGemmaCache",
     "RecurrentGemmaConfig",
     "RecurrentGemmaForCausalLM",
     "RecurrentGemmaModel",
+    "RecurrentStack",
     "RedepthError",
     "__version__",
     "analyze",

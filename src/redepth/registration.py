@@ -21,20 +21,27 @@ def register_config() -> None:
     AutoConfig.register(RecurrentDepthConfig.model_type, RecurrentDepthConfig, exist_ok=True)
 
 
-def register_model() -> None:
-    from transformers import AutoModelForCausalLM
+def register_models() -> None:
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     # From where they are, since their package may be half imported at this moment.
+    from .modeling.classification import RecurrentDepthForSequenceClassification
     from .modeling.configuration import RecurrentDepthConfig
     from .modeling.model import RecurrentDepthForCausalLM
+    from .modeling.stack import RecurrentStack
 
-    AutoModelForCausalLM.register(RecurrentDepthConfig, RecurrentDepthForCausalLM, exist_ok=True)
+    for auto_class, model_class in (
+        (AutoModel, RecurrentStack),
+        (AutoModelForCausalLM, RecurrentDepthForCausalLM),
+        (AutoModelForSequenceClassification, RecurrentDepthForSequenceClassification),
+    ):
+        auto_class.register(RecurrentDepthConfig, model_class, exist_ok=True)
 
 
 # What each of transformers' modules has to be told, once it is loaded.
 REGISTRATIONS: dict[str, Callable[[], None]] = {
     "transformers.models.auto.configuration_auto": register_config,
-    "transformers.models.auto.modeling_auto": register_model,
+    "transformers.models.auto.modeling_auto": register_models,
 }
 
 

@@ -145,7 +145,8 @@ def write_card(folder: Path, name: str | None = None, base: Path | None = None) 
     recipe = read_recipe(holder(RECIPE_FILE))
     if "convert" not in recipe:
         return
-    origin, heal = recipe["source"], recipe.get("heal", [])
+    origin = {"base_model": None, "license": None} | recipe.get("source", {})
+    heal = recipe.get("heal", [])
     config = AutoConfig.from_pretrained(holder(CONFIG_FILE), trust_remote_code=False)
     base_model = origin["base_model"] or Path(recipe["convert"]["source"]).name
     data = ModelCardData(

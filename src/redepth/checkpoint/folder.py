@@ -34,6 +34,12 @@ SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 RECURRENT_MODEL_TYPE = "huginn_raven"
 # What is put into place waits in STAGE; JOURNAL says that it is complete, and what has to go when it takes its place.
 STAGE, JOURNAL = "new", "commit.json"
+# What recipe.yaml says of a conversion, and how. Keys that some conversions alone have are not among them.
+CONVERT_KEYS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("source", "prelude", "core", "coda", "adapter", "state", "dtype"), (str,)),
+    "tie": (bool,),
+    "seed": (int,),
+}
 RECORD_FILES = {RECIPE_FILE, VERIFICATION_FILE, HEALING_FILE, HEALING_LOG_FILE, EVALUATION_FILE}
 # What redepth wrote before there was a manifest, besides records, weights and modelling files.
 KNOWN_FILES = {
@@ -346,7 +352,7 @@ def read_recipe(folder: Path) -> dict[str, Any]:
     """The record of how the checkpoint was made, with sections `convert` and `heal`; empty where there is none.
 
     Raises:
-        RedepthError: for a file that is no YAML table.
+        RedepthError: for a file that is no YAML table, or whose section `convert` is not whole.
     """
     file = folder / RECIPE_FILE
     try:
@@ -355,6 +361,11 @@ def read_recipe(folder: Path) -> dict[str, Any]:
         raise RedepthError(f"{file} is no readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not all(isinstance(section, dict | list) for section in content.values()):
         raise RedepthError(f"{file} is not the record that redepth writes, a table of sections; restore or remove it")
+    if "convert" in content:
+        for key, kinds in CONVERT_KEYS.items():
+            value = content["convert"].get(key)
+            if not isinstance(value, kinds):
+                raise RedepthError(f"{file}: convert.{key} is {value!r}, not what redepth writes; restore or remove it")
     return content
 
 

@@ -6,7 +6,7 @@ import typer
 
 import redepth
 from redepth import api
-from redepth.errors import RedepthError
+from redepth.errors import RedepthError, first_line
 
 from .console import Checkpoint, Device, Dtype, hush_libraries, results
 
@@ -28,15 +28,17 @@ def command(
     Example: redepth chat ./smollm2-recurrent --num-steps 8
     """
     hush_libraries()
+    from jinja2 import TemplateError
     from transformers import TextStreamer
 
-    if num_steps is not None:
-        redepth.DepthPolicy.resolve(api.read_config(checkpoint), num_steps=num_steps)
+    config = api.read_config(checkpoint)
+    depth = redepth.DepthPolicy.resolve(config, num_steps=num_steps).num_steps
+    if max_new_tokens < 1:
+        raise RedepthError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
     model: Any = api.load(checkpoint, dtype, device)
     tokenizer = api.load_tokenizer(checkpoint)
     if not tokenizer.chat_template:
         raise RedepthError(f"{checkpoint} has no chat template; use redepth generate")
-    depth = num_steps if num_steps is not None else model.config.default_num_steps
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     results.print(HELP, style="dim")
@@ -58,9 +60,14 @@ def command(
             results.print(HELP, style="dim")
         elif said:
             messages.append({"role": "user", "content": said})
-            inputs = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            ).to(model.device)
+            try:
+                inputs = tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+                ).to(model.device)
+            except (TemplateError, ValueError, TypeError, IndexError) as error:
+                raise RedepthError(f"{checkpoint}: its chat template fails: {first_line(error)}") from None
+            if not inputs["input_ids"].numel():
+                raise RedepthError(f"{checkpoint}: its chat template makes nothing of a message; use redepth generate")
             streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
             ids = model.generate(**inputs, num_steps=depth, max_new_tokens=max_new_tokens, streamer=streamer)
             answer = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -103,7 +103,7 @@ def command(
             raise RedepthError(f"--{name.replace('_', '-')} needs {needed}")
     if max_new_tokens < 1:
         raise RedepthError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
-    if temperature < 0 or not 0 < top_p <= 1:
+    if not (0 <= temperature < float("inf") and 0 < top_p <= 1):
         raise RedepthError(f"--temperature {temperature} and --top-p {top_p} must be ≥ 0 and in (0, 1]")
     config = api.read_config(checkpoint)
     depths = num_steps or [config.default_num_steps]

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from transformers import default_data_collator
 
+from redepth.checkpoint.folder import read_recipe
 from redepth.checkpoint.load import load, load_tokenizer, read_config
 from redepth.data.mixture import columns_of, training_and_held_out
 from redepth.data.survey import count_licenses
 from redepth.errors import RedepthError, one_line
+from redepth.modeling.tokens import check_ids
 from redepth.runtime import has_bf16, keep_freed_memory
 
 from .distillation import open_teacher
@@ -61,6 +63,7 @@ def prepare(folder: Path, recipe: HealRecipe, work: Path, on_progress: Callable[
         RedepthError: for a checkpoint, recipe or machine that don't go together.
     """
     config, _ = read_config(folder)
+    read_recipe(folder)  # which the end adds to
     tokenizer = load_tokenizer(folder)
     if recipe.sequence_length > config.block_size:
         raise RedepthError(
@@ -76,6 +79,7 @@ def prepare(folder: Path, recipe: HealRecipe, work: Path, on_progress: Callable[
             "redepth heal …, or set CUDA_VISIBLE_DEVICES to one"
         )
     rows, held_out = training_and_held_out(tokenizer, recipe)
+    check_ids(held_out, config.vocab_size, "the held-out text")
 
     if not torch.cuda.is_available():
         keep_freed_memory()

@@ -5,14 +5,15 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
+from transformers.utils import is_tracing
 
-from .cache_rules import parse_cache_rule
+from .cache_rules import CacheRule, known_rule, parse_cache_rule
 from .cache_slots import CacheSlot
 from .errors import UserError
 from .lru_mixer import Timeline
 from .lru_slots import LruSlots
 from .lru_state import LruState
-from .tokens import TokenSubset
+from .tokens import TokenSubset, surely
 
 # What a cache keeps for each row beside its slots.
 ROW_WISE = ("steps_run", "padding_mask", "documents", "last_state")
@@ -43,9 +44,10 @@ class RecurrentDepthCache(Cache):
     """
 
     def __init__(self, config: Any, rule: str | None = None) -> None:
-        super().__init__(layers=[])
-        self.rule = parse_cache_rule(rule if rule is not None else config.cache_rule)
         self.slots: dict[tuple[int, int], CacheSlot] = {}
+        super().__init__(layers=[])
+        # By name: an exporter takes a cache apart into plain values and tensors.
+        self.rule_name = parse_cache_rule(rule if rule is not None else config.cache_rule).name
         self.length = 0
         # Which stored tokens are padding, [batch, length]; None while none is known to be.
         self.padding_mask: torch.Tensor | None = None
@@ -65,10 +67,25 @@ class RecurrentDepthCache(Cache):
             self.lru = LruSlots(config.conv1d_width, stands_in=self.rule.missing == "latest")
         self._steps_in_pass = 0
 
+    @property
+    def rule(self) -> CacheRule:
+        return known_rule(self.rule_name)
+
+    @property
+    def layers(self) -> list[CacheSlot]:  # type: ignore[override]
+        """The slots as transformers counts layers, in the order of their first use."""
+        return list(self.slots.values())
+
+    @layers.setter
+    def layers(self, value: list[Any]) -> None:
+        """transformers sets an empty list at the start; the slots are all there is."""
+
     def check_steps(self, num_steps: int) -> None:
         """Refuse, before any compute, a depth that the stored tokens can't serve under this rule."""
         needed = self.rule.places(num_steps) if self.rule.missing == "refuse" else 1
-        shallowest = needed if self.steps_run is None or not self.length else int(self.steps_run.min())
+        if self.steps_run is None or not self.length or is_tracing(self.steps_run):
+            return
+        shallowest = int(self.steps_run.min())
         if shallowest < needed:
             raise UserError(
                 f"num_steps={num_steps} under cache rule {self.rule.name!r} needs earlier tokens that ran at least {needed} "
@@ -90,7 +107,7 @@ class RecurrentDepthCache(Cache):
         if self.steps_run is not None:
             past = [self.steps_run.expand(len(steps_in_pass), -1).to(steps_in_pass.device)]
         present = torch.cat([*past, steps_in_pass], dim=1) >= self.rule.place(step)
-        return None if bool(present.all()) else present
+        return None if surely(present.all()) else present
 
     def update(
         self,
@@ -135,7 +152,6 @@ class RecurrentDepthCache(Cache):
     def _slot(self, layer: int, step: int) -> CacheSlot:
         if (layer, step) not in self.slots:
             self.slots[layer, step] = CacheSlot()
-            self.layers.append(self.slots[layer, step])
         return self.slots[layer, step]
 
     def commit(self, latent_states: torch.Tensor, steps_run: torch.Tensor | None = None) -> None:
@@ -259,7 +275,6 @@ class RecurrentDepthCache(Cache):
     def reset(self) -> None:
         super().reset()
         self.slots.clear()
-        self.layers.clear()
         if self.lru is not None:
             self.lru.reset()
         self.length = 0

@@ -14,6 +14,7 @@ from .exits import ExitTest, Measure
 from .policy import POLICY_KEYWORDS, DepthPolicy, take_policy_keywords
 from .ragged import check_numbers
 from .speculation import speculative_decoding
+from .tokens import check_ids
 from .wavefront import wavefront_decoding
 
 logger = logging.get_logger(__name__)
@@ -87,6 +88,9 @@ class RecurrentDepthGeneration(GenerationMixin):
         Raises:
             ValueError: for policies that exclude each other, before any compute, and as `forward`.
         """
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if ids is not None:
+            check_ids(ids, self.config.vocab_size)
         keywords = take_policy_keywords(kwargs)
         cache = kwargs.get("past_key_values")
         if policy is None:

@@ -10,7 +10,7 @@ import torch
 from .errors import UserError
 from .lru_mixer import Timeline, scan_on
 from .lru_state import LruState, RowChange
-from .tokens import padding_back, padding_first
+from .tokens import padding_back, padding_first, stands_left, surely
 
 
 @dataclass
@@ -53,7 +53,7 @@ def reading_order(
     """
     real = mask[:, -tokens:].bool() if mask is not None else None
     if documents is not None:
-        if mask is not None and not bool(mask.all()):
+        if mask is not None and surely(~mask.bool().all()):
             raise UserError(
                 "position_ids begin another document in a row with padding, which a recurrent layer can't honour; leave the "
                 "padding out"
@@ -70,12 +70,12 @@ def reading_order(
     assert real is not None
     order = restore = input_order = None
     read = mask[:, :past].sum(1, keepdim=True)
-    if bool(real.all()):
+    if surely(real.all()):
         starts = (read == 0) & (torch.arange(tokens, device=device) == 0)
-        fresh = bool(starts[:, 0].all())
-        return ReadingOrder(Timeline(fresh=fresh, starts=starts if not fresh and bool(starts.any()) else None))
+        fresh = surely(starts[:, 0].all())
+        return ReadingOrder(Timeline(fresh=fresh, starts=starts if not fresh and not surely(~starts.any()) else None))
     order = padding_first(real)
-    if torch.equal(order, torch.arange(tokens, device=device).expand_as(order)):
+    if stands_left(order):
         order = None
     else:
         restore = padding_back(real)
@@ -84,7 +84,7 @@ def reading_order(
     if past:
         held = torch.ones(batch, taps - 1, dtype=torch.bool, device=device)
         input_order = padding_first(torch.cat([held, real], 1))
-    timeline = Timeline(starts=starts if bool(starts.any()) else None, real=real, input_order=input_order)
+    timeline = Timeline(starts=None if surely(~starts.any()) else starts, real=real, input_order=input_order)
     timeline.reordered = order is not None
     return ReadingOrder(timeline, order, restore)
 

@@ -15,7 +15,7 @@ from .configuration import LRU_LAYER, RecurrentDepthConfig
 from .errors import UserError
 from .lru_slots import ReadingOrder, reading_order
 from .rotary import rotations
-from .tokens import TokenSubset
+from .tokens import TokenSubset, surely
 
 MASK_MAKERS = {
     "full_attention": create_causal_mask,
@@ -139,8 +139,7 @@ def document_starts(position_ids: torch.Tensor, mask: torch.Tensor | None, past:
         real = mask[:, -position_ids.shape[1] :].bool()
         before = mask[:, past - 1 : -1].bool() if past else torch.nn.functional.pad(real[:, :-1], (1, 0))
         starts &= real & before
-    # A compiler can't ask, and takes the rows as they come.
-    return starts if is_tracing(starts) or bool(starts.any()) else None
+    return None if surely(~starts.any()) else starts
 
 
 def _within_documents(mask: Any, documents: torch.Tensor) -> torch.Tensor:
@@ -221,7 +220,7 @@ def pass_context(
             position_ids = (padding_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
         else:
             position_ids = torch.arange(past, total, device=hidden.device)[None]
-    if total > config.block_size:
+    if total > config.block_size and not is_tracing(position_ids):
         # Padding and other documents count for nothing.
         check_length(config, int(position_ids.max()) + 1)
     documents = None
@@ -248,7 +247,7 @@ def pass_context(
         "past_key_values": cache,
         "allow_is_causal_skip": not whole_masks,
     }
-    whole_batch = padding_mask is None or starts is None or bool(padding_mask.all())
+    whole_batch = padding_mask is None or starts is None or surely(padding_mask.all())
     if starts is not None and past == 0 and whole_batch:
         # transformers makes the masks of packed documents where nothing else is in a row.
         mask_inputs |= {"attention_mask": None, "past_key_values": None, "position_ids": position_ids}

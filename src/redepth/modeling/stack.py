@@ -41,6 +41,7 @@ class StackOutput(ModelOutput):
         past_key_values: the cache, where one is used.
         latent_states: s_r, `[B, T, D]`, as it enters the coda.
         hidden_states: see `RecurrentDepthOutput`.
+        attentions: always None; transformers' heads ask.
         stats: see `RecurrentDepthOutput`.
     """
 
@@ -48,6 +49,7 @@ class StackOutput(ModelOutput):
     past_key_values: RecurrentDepthCache | None = None
     latent_states: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: None = None
     stats: dict[str, Any] | None = None
 
 

@@ -163,7 +163,17 @@ class Conversion:
 
         generator = torch.Generator().manual_seed(self.seed)
         adapter = adapter_weight(self.adapter, self.config.n_embd, self.dtype, generator)
-        yield from to_recurrent(self.table, read, adapter, self.dtype)
+        with torch.device("meta"):
+            shapes = {
+                name: tensor.shape for name, tensor in RecurrentDepthForCausalLM(self.config).state_dict().items()
+            }
+        for name, tensor in to_recurrent(self.table, read, adapter, self.dtype):
+            if tensor.shape != shapes[name]:
+                raise RedepthError(
+                    f"source {self.source.name!r}: {name} would have the shape {list(tensor.shape)}, but the source's config "
+                    f"implies {list(shapes[name])}; the two don't belong together"
+                )
+            yield name, tensor
 
     def model(self) -> RecurrentDepthForCausalLM:
         """The converted model in memory, in eval mode."""
