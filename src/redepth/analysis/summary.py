@@ -213,7 +213,8 @@ def verdict(figures: dict[str, Any]) -> str:
         text += "Where the state ends does not depend on where it starts"
     else:
         text += "Where the state ends depends on where it starts"
-    text += f" (runs from different initial states are {spread:.2%} of the state's length apart at the end)."
+    apart = f"{spread:.2%}" if spread >= 0.0001 else "less than 0.01%"
+    text += f" (runs from different initial states are {apart} of the state's length apart at the end)."
     return text
 
 
