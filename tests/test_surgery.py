@@ -160,6 +160,7 @@ def test_output_folder_is_complete(zoo, tmp_path: Path) -> None:
         "cache.py",
         "cache_rules.py",
         "cache_slots.py",
+        "config_checks.py",
         "configuration.py",
         "elementwise.py",
         "exits.py",

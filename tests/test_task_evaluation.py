@@ -168,7 +168,7 @@ def test_the_command(trained, tmp_path):
     words = ["eval", str(trained), "--num-steps", "1,2", "--limit", "8", "--criterion", "kl", "--out", str(tmp_path)]
     run = CliRunner().invoke(app, words)
     assert run.exit_code == 0, run.output
-    assert "not trained" in run.output and "Spearman" in run.output
+    assert "more difficult than anything trained" in run.output and "Spearman" in run.output
     (written,) = json.loads((tmp_path / "tasks.json").read_text())
     assert written["task"] == SPEC and len(written["exits"]["mean_steps"]) == 5
     assert [file.suffix for file in tmp_path.glob("roots*")] == [".png"]

@@ -1,5 +1,6 @@
 """Tasks: their results against slow references, their splits, their renderings."""
 
+import itertools
 import re
 from dataclasses import dataclass
 
@@ -191,6 +192,13 @@ def test_splits_share_no_problem(name):
     assert {int(d) for d in np.unique(task.problems("held-out", 300, 3).difficulty)} >= set(
         range(max(task.depth[0], 1), task.depth[1] + 1)
     )
+
+
+@pytest.mark.parametrize("name", ["roots", "iterate", "variables"])
+def test_no_step_before_the_last_leaves_a_result_as_it_was(name):
+    for text in open_task(SPECS[name]).texts("train", 60, 4):
+        results = text.answers[0].results
+        assert all(one != other for one, other in itertools.pairwise(results))
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -17,6 +17,9 @@ from .folder import (
     read_recipe,
 )
 
+# What the card says of a healing recipe; recipe.yaml has all of it.
+RECIPE_KEYS = ("max_steps", "batch_size", "sequence_length", "optimizer", "learning_rate", "mean_recurrence", "train")
+
 USAGE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -62,20 +65,28 @@ def _verification_section(verification: dict[str, Any] | None) -> str:
     )
 
 
-def _healing_section(healing: dict[str, Any] | None) -> str:
+def _healing_section(healing: dict[str, Any] | None, recipes: list[dict[str, Any]]) -> str:
+    """Every run by itself, in order: text and recipe, losses, licences."""
     if healing is None:
         return "Not healed: the weights are the source's, only rearranged."
-    depths = list(healing["loss_after"])
-    rows = [
-        [label, *(f"{losses[depth]:.3f}" for depth in depths)]
-        for label, losses in (("before", healing["loss_before"]), ("after", healing["loss_after"]))
-    ]
-    return (
-        f"Healed on {healing['tokens']:,} tokens of {healing['data']}. Held-out loss (nats per token) by number of steps "
-        "r:\n\n"
-        + _table(["", *(f"r = {depth}" for depth in depths)], rows)
-        + _text_licences(healing.get("sources", []))
-    )
+    runs = [*healing.get("earlier", []), healing]
+    parts = []
+    for number, run in enumerate(runs, 1):
+        depths = list(run["loss_after"])
+        rows = [
+            [label, *(f"{losses[depth]:.3f}" for depth in depths)]
+            for label, losses in (("before", run["loss_before"]), ("after", run["loss_after"]))
+        ]
+        began = f"Run {number} of {len(runs)}: healed" if len(runs) > 1 else "Healed"
+        settings = recipes[number - 1] if len(recipes) == len(runs) else {}
+        told = ", ".join(f"{key} {settings[key]}" for key in RECIPE_KEYS if key in settings)
+        parts.append(
+            f"{began} on {run['tokens']:,} tokens of {run['data']}{f' ({told})' if told else ''}. Held-out loss (nats per "
+            "token) by number of steps r:\n\n"
+            + _table(["", *(f"r = {depth}" for depth in depths)], rows)
+            + _text_licences(run.get("sources", []))
+        )
+    return "\n\n".join(parts)
 
 
 def _depth_section(profile: dict[str, Any] | None) -> str:
@@ -134,7 +145,8 @@ def write_card(folder: Path, name: str | None = None, base: Path | None = None) 
     recipe = read_recipe(holder(RECIPE_FILE))
     if "convert" not in recipe:
         return
-    origin = recipe["source"]
+    origin = {"base_model": None, "license": None} | recipe.get("source", {})
+    heal = recipe.get("heal", [])
     config = AutoConfig.from_pretrained(holder(CONFIG_FILE), trust_remote_code=False)
     base_model = origin["base_model"] or Path(recipe["convert"]["source"]).name
     data = ModelCardData(
@@ -151,7 +163,7 @@ def write_card(folder: Path, name: str | None = None, base: Path | None = None) 
         USAGE.format(name=name or (base or folder).resolve().name, num_steps=config.default_num_steps),
         "## Plan\n\n" + _plan_section(recipe["convert"], base_model),
         "## Verification\n\n" + _verification_section(record(VERIFICATION_FILE)),
-        "## Healing\n\n" + _healing_section(record(HEALING_FILE)),
+        "## Healing\n\n" + _healing_section(record(HEALING_FILE), heal if isinstance(heal, list) else [heal]),
         "## Depth\n\n" + _depth_section(config.depth_profile),
         f"## Licence\n\nThe source's: {licence}.",
     ]

@@ -29,10 +29,17 @@ MANIFEST_FILE = ".redepth.json"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+DEFAULT_SHARD_SIZE = "1GB"
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 RECURRENT_MODEL_TYPE = "huginn_raven"
 # What is put into place waits in STAGE; JOURNAL says that it is complete, and what has to go when it takes its place.
 STAGE, JOURNAL = "new", "commit.json"
+# What recipe.yaml says of a conversion, and how. Keys that some conversions alone have are not among them.
+CONVERT_KEYS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("source", "prelude", "core", "coda", "adapter", "state", "dtype"), (str,)),
+    "tie": (bool,),
+    "seed": (int,),
+}
 RECORD_FILES = {RECIPE_FILE, VERIFICATION_FILE, HEALING_FILE, HEALING_LOG_FILE, EVALUATION_FILE}
 # What redepth wrote before there was a manifest, besides records, weights and modelling files.
 KNOWN_FILES = {
@@ -191,17 +198,21 @@ class CheckpointFolder:
                 yield stage
 
     @contextmanager
-    def updating(self) -> Iterator[Path]:
+    def updating(self, outdated: Iterable[str] = ()) -> Iterator[Path]:
         """A folder to write new versions of some files into, which take their place together when the block ends well.
 
         All others stay, but where new weights are written the old ones go.
+
+        Args:
+            outdated: names of records that hold no longer, and go as well.
 
         Raises:
             RedepthError: as `locked`, or where a file is in the way that redepth did not write.
         """
 
         def stale(staged: set[str]) -> set[str]:
-            return set(self.weights()) - staged if any(map(is_weights, staged)) else set()
+            weights = set(self.weights()) if any(map(is_weights, staged)) else set()
+            return (weights | set(outdated)) - staged
 
         with self.locked(), self._staged(stale) as stage:
             yield stage
@@ -268,6 +279,27 @@ class CheckpointFolder:
         return exported | {f"{value.partition('.')[0]}.py" for value in named if isinstance(value, str)}
 
 
+def local_checkpoint(name: str | Path) -> Path:
+    """The folder of a checkpoint that is to be written into.
+
+    Raises:
+        RedepthError: for a hub id, and for a folder that is not there or holds no checkpoint.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        CheckpointFolder(folder).settle()
+        if (folder / CONFIG_FILE).is_file():
+            return folder
+        raise RedepthError(f"{str(name)!r} has no config.json; give a folder made by redepth convert")
+    text = str(name)
+    if text.count("/") == 1 and not text.startswith((".", "/", "~")):
+        raise RedepthError(
+            f"{text!r} is no local folder, and a hub repository can't be written into; fetch it first: redepth convert "
+            f"{text} {text.partition('/')[2]}"
+        )
+    raise RedepthError(f"checkpoint {text!r} does not exist; make one with redepth convert")
+
+
 def is_weights(name: str) -> bool:
     """Whether a checkpoint's file of that name holds weights, or says which do."""
     return name in (WEIGHTS_FILE, INDEX_FILE) or SHARD.fullmatch(name) is not None
@@ -320,15 +352,20 @@ def read_recipe(folder: Path) -> dict[str, Any]:
     """The record of how the checkpoint was made, with sections `convert` and `heal`; empty where there is none.
 
     Raises:
-        RedepthError: for a file that is no YAML table.
+        RedepthError: for a file that is no YAML table, or whose section `convert` is not whole.
     """
     file = folder / RECIPE_FILE
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RedepthError(f"{file} is no readable YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
+    if not isinstance(content, dict) or not all(isinstance(section, dict | list) for section in content.values()):
         raise RedepthError(f"{file} is not the record that redepth writes, a table of sections; restore or remove it")
+    if "convert" in content:
+        for key, kinds in CONVERT_KEYS.items():
+            value = content["convert"].get(key)
+            if not isinstance(value, kinds):
+                raise RedepthError(f"{file}: convert.{key} is {value!r}, not what redepth writes; restore or remove it")
     return content
 
 
@@ -363,3 +400,15 @@ def write_json(file: Path, content: Any) -> None:
 def write_jsonl(file: Path, records: list[dict[str, Any]]) -> None:
     """One record a line."""
     file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+def read_jsonl(file: Path) -> list[dict[str, Any]]:
+    """The records of a file with one a line; none where there is no such file.
+
+    Raises:
+        RedepthError: for a line that is no JSON.
+    """
+    try:
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    except ValueError as error:
+        raise RedepthError(f"{file} is no readable JSON, line by line: {first_line(error)}") from None

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from redepth import api
+
 from .console import AsJson, Checkpoint, Device, Dtype, Quiet, hush_libraries, print_json, progress_bar, results
 
 
@@ -24,9 +26,9 @@ def command(
     compare: Annotated[
         str | None, typer.Option(help="Another checkpoint for the same texts, such as before healing, or the source.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that redepth wrote.")] = False,
     dtype: Dtype = "auto",
-    device: Device = "cpu",
+    device: Device = "auto",
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -39,23 +41,21 @@ def command(
     Example: redepth analyze ./healed --data held-out.jsonl --num-steps 16 --compare ./converted
     """
     hush_libraries()
-    from redepth.analysis.analyze import analyze
-
     with progress_bar(quiet) as update:
-        summary = analyze(
+        summary = api.analyze(
             checkpoint,
             prompt or (),
             data,
-            out,
-            num_steps,
-            compare,
-            text_column,
-            rows,
-            sequence_length,
-            dtype,
-            device,
-            overwrite,
-            on_part=lambda name, done: update(Path(name).name[:14], done),
+            out=out,
+            num_steps=num_steps,
+            compare=compare,
+            text_column=text_column,
+            rows=rows,
+            sequence_length=sequence_length,
+            dtype=dtype,
+            device=device,
+            overwrite=overwrite,
+            on_progress=lambda name, done: update(Path(name).name[:14], done),
         )
     if as_json:
         print_json(summary)

@@ -4,7 +4,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
+
+from redepth import api
+from redepth.errors import RedepthError
 
 from .console import (
     AsJson,
@@ -35,7 +39,7 @@ def command(
     seed: Annotated[int, typer.Option(help="Of the problems.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for tasks.json and a heat map of each task.")] = None,
     dtype: Dtype = "auto",
-    device: Device = "cpu",
+    device: Device = "auto",
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -44,31 +48,24 @@ def command(
     Example: redepth eval ./out --tasks 'task:iterate?depth=1-8' --num-steps 1,2,4,8,16
     """
     hush_libraries()
-    from redepth.evaluation.tasks import evaluate_task
-
     depths = parse_depths(num_steps)
     threshold: float | str = "auto" if exit_threshold == "auto" else _number(exit_threshold)
-    found = []
-    for spec in tasks or [None]:  # type: ignore[list-item]
-        with progress_bar(quiet or as_json) as update:
-            found.append(
-                evaluate_task(
-                    checkpoint,
-                    spec,
-                    depths,
-                    criterion,
-                    threshold,
-                    limit,
-                    seed,
-                    dtype,
-                    device,
-                    on_batch=lambda done, total: update("evaluate", done / total),
-                )
-            )
-    if out is not None:
-        write_evaluations(found, out)
-        if not quiet:
-            remarks.print(f"written to {out}")
+    with progress_bar(quiet or as_json) as update:
+        found = api.evaluate(
+            checkpoint,
+            tasks,
+            num_steps=depths,
+            criterion=criterion,
+            exit_threshold=threshold,
+            limit=limit,
+            seed=seed,
+            dtype=dtype,
+            device=device,
+            out=out,
+            on_progress=update,
+        )
+    if out is not None and not quiet:
+        remarks.print(f"written to {out}")
     if as_json:
         print_json([one.as_dict() for one in found])
         return
@@ -89,8 +86,6 @@ def parse_depths(text: str) -> list[int]:
     Raises:
         RedepthError: for anything else.
     """
-    from redepth.errors import RedepthError
-
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdigit() and int(part) > 0 for part in parts):
         raise RedepthError(f"--num-steps takes whole numbers from 1 up with commas between them, got {text!r}")
@@ -98,8 +93,6 @@ def parse_depths(text: str) -> list[int]:
 
 
 def _number(text: str) -> float:
-    from redepth.errors import RedepthError
-
     try:
         return float(text)
     except ValueError:
@@ -107,41 +100,28 @@ def _number(text: str) -> float:
 
 
 def accuracy_table(found: Any) -> Table:
-    """One task's accuracy in per cent, with standard errors, a row for each difficulty."""
-    columns = [f"r = {steps}" for steps in found.num_steps]
-    ending = ["exit steps", "accuracy"] if found.exits is not None else []
+    """One task's accuracy in per cent, with standard errors from 0.5 up, a row for each difficulty."""
+    columns = ["difficulty", "answers", *(f"r={steps}" for steps in found.num_steps)]
+    if found.exits is not None:
+        columns += ["exit step", "right"]
+    beyond = bool(found.trained_most) and found.difficulties[-1] > found.trained_most
     table = Table(
-        "difficulty", "answers", *columns, *ending, title=f"{found.task}: accuracy, per cent", title_justify="left"
+        title=f"{found.task}: accuracy in per cent",
+        title_justify="left",
+        caption="* more difficult than anything trained" if beyond else None,
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
     for number, difficulty in enumerate(found.difficulties):
-        beyond = " (not trained)" if found.trained_most and difficulty > found.trained_most else ""
+        star = "*" if beyond and difficulty > found.trained_most else " "
         cells = [
-            f"{100 * value:.1f} ± {100 * error:.1f}"
+            f"{100 * value:.0f}" + (f"±{100 * error:.0f}" if error >= 0.005 else "")
             for value, error in zip(found.accuracy[number], found.standard_error[number], strict=True)
         ]
         if found.exits is not None:
-            cells += [f"{found.exits.mean_steps[number]:.2f}", f"{100 * found.exits.accuracy[number]:.1f}"]
-        table.add_row(f"{difficulty}{beyond}", str(found.answers[number]), *cells)
+            cells += [f"{found.exits.mean_steps[number]:.1f}", f"{100 * found.exits.accuracy[number]:.0f}"]
+        table.add_row(f"{difficulty}{star}", str(found.answers[number]), *cells)
     return table
-
-
-def write_evaluations(found: list[Any], out: Path) -> None:
-    """`tasks.json` with all of them, and a heat map of each, named after its task."""
-    import re
-
-    from redepth.checkpoint.folder import write_json
-    from redepth.evaluation.plots import plot_accuracy_by_depth
-
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "tasks.json", [one.as_dict() for one in found])
-    for one in found:
-        name = re.sub(r"\W+", "-", one.task.removeprefix("task:")).strip("-")
-        plot_accuracy_by_depth(
-            one.accuracy,
-            one.difficulties,
-            one.num_steps,
-            out / f"{name}.png",
-            f"{one.task}: accuracy by difficulty and steps",
-            one.trained_most or None,
-            one.exits.mean_steps if one.exits is not None else None,
-        )

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from redepth.checkpoint.card import write_card
-from redepth.checkpoint.folder import CONFIG_FILE, CheckpointFolder, read_json, write_json
+from redepth.checkpoint.folder import CONFIG_FILE, CheckpointFolder, local_checkpoint, read_json, write_json
 from redepth.checkpoint.load import load
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthForCausalLM
@@ -183,7 +183,7 @@ def calibrate(
     data: str,
     most_steps: int | None = None,
     dtype: str = "auto",
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     on_row: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measure a checkpoint at every depth and store the result in its config, as `depth_profile`.
@@ -202,9 +202,7 @@ def calibrate(
     Raises:
         RedepthError: for a checkpoint that is not a local folder, or most_steps below 2.
     """
-    folder = Path(checkpoint)
-    if not (folder / "config.json").is_file():
-        raise RedepthError(f"checkpoint {str(checkpoint)!r} is not a local folder; calibration writes into it")
+    folder = local_checkpoint(checkpoint)
     model: Any = load(checkpoint, dtype, device)
     if not isinstance(model, RecurrentDepthForCausalLM):
         raise RedepthError(f"checkpoint {str(checkpoint)!r} has no depth to calibrate; convert it first")

@@ -1,5 +1,6 @@
 """Pictures of what depth buys."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,10 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from redepth.checkpoint.folder import write_json
+
+from .tasks import TaskAccuracy
 
 
 def plot_loss_by_depth(losses: dict[str, dict[str, dict[int, float]]], file: str | Path, title: str) -> None:
@@ -86,12 +91,34 @@ def plot_accuracy_by_depth(
     panels[0].set_ylabel("difficulty (steps that the answer needs)")
     if mean_exit_steps is not None:
         at = np.interp(mean_exit_steps, num_steps, range(len(num_steps)))
-        panels[0].plot(
-            at, range(len(difficulties)), "o-", color="#d55e00", markersize=4, linewidth=1, label="mean exit step"
+        above = np.arange(len(difficulties)) + 0.33  # the numbers
+        curve = panels[0].plot(at, above, "o-", color="#d55e00", markersize=3.5, linewidth=1)
+        figure.legend(
+            curve,
+            ["mean step at which adaptive exit leaves"],
+            loc="outside lower left",
+            fontsize="small",
+            frameon=False,
         )
-        panels[0].legend(loc="lower right", fontsize="x-small", framealpha=0.9)
     panels[0].set_title(title, loc="left", fontsize="medium")
     bar = figure.colorbar(image, ax=panels.tolist(), shrink=0.8, pad=0.02)
     bar.set_label("accuracy, per cent")
     bar.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "25", "50", "75", "100"])
     figure.savefig(file)
+
+
+def write_evaluations(found: Sequence[TaskAccuracy], out: Path) -> None:
+    """`tasks.json` with all of them, and a heat map of each, named after its task."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "tasks.json", [one.as_dict() for one in found])
+    for one in found:
+        name = re.sub(r"\W+", "-", one.task.removeprefix("task:")).strip("-")
+        plot_accuracy_by_depth(
+            one.accuracy,
+            one.difficulties,
+            one.num_steps,
+            out / f"{name}.png",
+            f"{one.task}: accuracy by difficulty and steps",
+            one.trained_most or None,
+            one.exits.mean_steps if one.exits is not None else None,
+        )

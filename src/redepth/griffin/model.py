@@ -156,7 +156,7 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         if record is not None:
             record[-1] = x
         if cache is not None:
-            cache.commit(x.shape[0], x.shape[1], shared.timeline.real, shared.document_tokens)
+            cache.commit(x.shape[0], x.shape[1], shared.timeline, shared.document_tokens)
         output = BaseModelOutputWithPast(
             last_hidden_state=align_right(x, shared.restore, dim=1),
             past_key_values=cache,

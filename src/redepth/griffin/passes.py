@@ -12,7 +12,7 @@ from torch import nn
 from redepth.modeling.errors import UserError
 from redepth.modeling.lru_mixer import Timeline
 from redepth.modeling.rotary import plain_frequencies
-from redepth.modeling.tokens import align_right, padding_back, padding_first
+from redepth.modeling.tokens import align_right, padding_back, padding_first, stands_left, surely
 
 from .cache import RecurrentGemmaCache
 
@@ -134,14 +134,14 @@ def real_columns(
         )
     mask = attention_mask.bool()
     padded_before = cache is not None and cache.real_tokens is not None
-    if not padded_before and bool(mask.all()):
+    if not padded_before and surely(mask.all()):
         return None
     if cache is not None and past:
         stored = cache.real_counts(batch, mask.device)
-        if not torch.equal(mask[:, :past].sum(1), stored):
+        if surely((mask[:, :past].sum(1) != stored).any()):
             raise UserError("attention_mask differs from the one under which the stored tokens were read")
     real = mask[:, past:]
-    return None if bool(real.all()) else real
+    return None if surely(real.all()) else real
 
 
 def prepare(
@@ -166,7 +166,7 @@ def prepare(
     restore = None
     if real is not None:
         order = padding_first(real)
-        if not torch.equal(order, torch.arange(tokens, device=device).expand_as(order)):
+        if not stands_left(order):
             restore = padding_back(real)
             x = align_right(x, order, dim=1)
             real = align_right(real, order, dim=1)
@@ -188,8 +188,8 @@ def prepare(
             position_ids = (visible[:, None] + column.cumsum(1) - 1).clamp(min=0)
         starts = (position_ids == 0) & column
         before = read[:, None] + column.cumsum(1) - 1
-        fresh = past == 0 and real is None and bool(starts[:, 0].all()) and not bool(starts[:, 1:].any())
-        if bool((starts & (before > 0)).any()):
+        fresh = past == 0 and real is None and surely(starts[:, 0].all() & ~starts[:, 1:].any())
+        if not surely(~(starts & (before > 0)).any()):
             documents = starts.cumsum(1)
             document_tokens = (column & (documents == documents[:, -1:])).sum(1)
             document_tokens = document_tokens + visible * (documents[:, -1] == 0)
@@ -200,7 +200,7 @@ def prepare(
             # The column where the stored document would start, were it not in the past.
             began = (tokens - column.sum(1) - visible)[:, None]
             since_start = at - torch.where(starts, at, began).cummax(1).values
-        if fresh or not bool(starts.any()):
+        if fresh or surely(~starts.any()):
             starts = None
 
     input_order = key_order = first_visible = None
@@ -222,7 +222,7 @@ def prepare(
         sin=sin,
         segments=segments,
         cache=cache,
-        timeline=Timeline(fresh, starts, since_start, real, input_order),
+        timeline=Timeline(fresh, starts, since_start, real, input_order, restore is not None),
         key_order=key_order,
         restore=restore,
         attentions=[] if whole else None,

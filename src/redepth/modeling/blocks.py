@@ -159,8 +159,8 @@ class LruMixer(LruBlock):
         inputs = align_right(self.linear_x(x), reading.order, dim=1)
         if timeline.real is not None:
             inputs = inputs * timeline.real[..., None]
-        mixed = self.convolve(self.with_past(inputs, timeline, memory), timeline)
-        added, decay = self.rg_lru.gated(mixed, timeline)
+        mixed = self.conv_1d(self.with_past(inputs, timeline, memory), timeline)
+        added, decay = self.rg_lru(mixed, timeline)
         h = scan_on(added, decay, timeline, memory)
         cache.lru_slots.write(self.layer_idx, TokenWrites(inputs, added, decay))
         return self.linear_out(times(gate, align_right(h, reading.restore, dim=1).to(gate.dtype)))
@@ -178,9 +178,9 @@ class LruMixer(LruBlock):
         before = slots.writes_of(self.layer_idx)
         inputs = before.inputs.index_put(where, self.linear_x(x)[subset.real])
         memory = cache.lru_state(self.layer_idx, step, timeline)
-        mixed = self.convolve(self.with_past(inputs, timeline, memory), timeline)[where]
+        mixed = self.conv_1d(self.with_past(inputs, timeline, memory), timeline)[where]
         starts = where[1] == 0 if timeline.fresh else timeline.starts[where] if timeline.starts is not None else None
-        added, decay = self.rg_lru.gated(mixed[None], Timeline(starts=starts[None] if starts is not None else None))
+        added, decay = self.rg_lru(mixed[None], Timeline(starts=starts[None] if starts is not None else None))
         added, decay = before.added.index_put(where, added[0]), before.decay.index_put(where, decay[0])
         h = scan_on(added, decay, timeline, memory)[rows, at]
         slots.write(self.layer_idx, TokenWrites(inputs, added, decay))

@@ -50,6 +50,8 @@ def parse_cache_rule(rule: str) -> CacheRule:
     Raises:
         ValueError: for a rule that redepth does not know.
     """
+    if not isinstance(rule, str):
+        raise UserError(f"unknown cache rule {rule!r}; use {KNOWN_RULES}")
     name = _published_name(rule)
     parts = name.split("+")
     if name == "full":
@@ -65,3 +67,13 @@ def parse_cache_rule(rule: str) -> CacheRule:
     )
     hint = f"did you mean {near[0]!r}?" if near else f"use {KNOWN_RULES}"
     raise UserError(f"unknown cache rule {rule!r}; {hint}")
+
+
+_KNOWN: dict[str, CacheRule] = {}
+
+
+def known_rule(name: str) -> CacheRule:
+    """`parse_cache_rule` of a name that redepth wrote itself, read once."""
+    if name not in _KNOWN:
+        _KNOWN[name] = parse_cache_rule(name)
+    return _KNOWN[name]

@@ -14,6 +14,7 @@ from .exits import ExitTest, Measure
 from .policy import POLICY_KEYWORDS, DepthPolicy, take_policy_keywords
 from .ragged import check_numbers
 from .speculation import speculative_decoding
+from .tokens import check_ids
 from .wavefront import wavefront_decoding
 
 logger = logging.get_logger(__name__)
@@ -46,6 +47,18 @@ class RecurrentDepthGeneration(GenerationMixin):
             if generation_config.is_assistant:
                 model_kwargs["past_key_values"].activate_past_recording()
 
+    def _prepare_generated_length(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """Stop where the model's room ends: the last token that is generated is not run, so that it needs none."""
+        prepared = super()._prepare_generated_length(generation_config, *args, **kwargs)
+        most = self.config.block_size + 1
+        if kwargs["input_ids_length"] < most < prepared.max_length:
+            logger.warning(
+                f"this model allows {self.config.block_size} tokens (block_size); the text ends there, at the latest after "
+                f"{most - kwargs['input_ids_length']} new tokens"
+            )
+            prepared.max_length = most
+        return prepared
+
     def _get_candidate_generator(self, **arguments: Any) -> Any:  # type: ignore[override]
         """An assistant goes as deep as its own config says: it may be another model, with no depth at all."""
         own = {name: value for name, value in arguments["model_kwargs"].items() if name != "policy"}
@@ -70,11 +83,14 @@ class RecurrentDepthGeneration(GenerationMixin):
 
         Returns:
             as `generate`; with `return_dict_in_generate=True` the output has `stats`, of which `num_steps` `[B, tokens]` is
-            the steps of each token in the cache.
+            the steps of each token in the cache, and `is_full` says that the text ended because `block_size` was reached.
 
         Raises:
             ValueError: for policies that exclude each other, before any compute, and as `forward`.
         """
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if ids is not None:
+            check_ids(ids, self.config.vocab_size)
         keywords = take_policy_keywords(kwargs)
         cache = kwargs.get("past_key_values")
         if policy is None:
@@ -100,9 +116,11 @@ class RecurrentDepthGeneration(GenerationMixin):
             arguments["custom_generate"] = partial(decode, streamer=streamer)
         transformers_generate: Any = super().generate
         output = transformers_generate(inputs, generation_config, streamer=streamer, **arguments)
-        plain = isinstance(output, ModelOutput) and "stats" not in output
-        if plain and output.get("past_key_values") is not None:
-            output["stats"] = {"num_steps": output["past_key_values"].steps_run}
+        if isinstance(output, ModelOutput):
+            if "stats" not in output:
+                cache = output.get("past_key_values")
+                output["stats"] = {} if cache is None else {"num_steps": cache.steps_run}
+            output["stats"]["is_full"] = output["sequences"].shape[1] > self.config.block_size
         return output
 
     def _settings_of(self, generation_config: Any) -> dict[str, Any]:

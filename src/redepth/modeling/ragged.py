@@ -75,6 +75,8 @@ class RaggedRows:
                 policy=policy.one_pass(),
                 logits_to_keep=1,
             )
+        if self.cache.documents is not None:
+            raise UserError("drafts and samplers can't go on from a prompt of several documents; leave them out")
         known = self.cache.padding_mask
         self.seen = known.bool() if known is not None else torch.ones_like(self.ids[:, : self.start], dtype=torch.bool)
         self.first_position = positions[:, -1] + 1 if positions is not None else self.seen.sum(1)

@@ -41,6 +41,7 @@ class StackOutput(ModelOutput):
         past_key_values: the cache, where one is used.
         latent_states: s_r, `[B, T, D]`, as it enters the coda.
         hidden_states: see `RecurrentDepthOutput`.
+        attentions: always None; transformers' heads ask.
         stats: see `RecurrentDepthOutput`.
     """
 
@@ -48,6 +49,7 @@ class StackOutput(ModelOutput):
     past_key_values: RecurrentDepthCache | None = None
     latent_states: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: None = None
     stats: dict[str, Any] | None = None
 
 
@@ -157,9 +159,16 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
             step: i, from 1.
             record: takes every layer's output.
         """
-        visible = context.to(state.device).without_skipped(step, *state.shape[:2])
-        injected = self.adapter(torch.cat([state, embedded.to(state.device)], dim=-1))
-        return context.watched("state", None, step, self.run_layers(self.core_block, injected, visible, step, record))
+        context = context.to(state.device).without_skipped(step, *state.shape[:2])
+        embedded = embedded.to(state.device)
+        skips = self.config.initial_state_mode == "skip-adapter" and step == 1
+        if skips and context.continued is False:
+            injected = embedded
+        else:
+            injected = self.adapter(torch.cat([state, embedded], dim=-1))
+            if skips and isinstance(context.continued, torch.Tensor):
+                injected = torch.where(context.continued[..., None], injected, embedded.to(injected.device))
+        return context.watched("state", None, step, self.run_layers(self.core_block, injected, context, step, record))
 
     def run_fixed(
         self,

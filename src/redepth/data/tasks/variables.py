@@ -17,7 +17,8 @@ class Variables(ArrayTask):
 
     Difficulty is how many assignments lie between a variable and its constant. After step i the result is the value as it
     is if a variable more than i assignments back counts as 0 — the sum of the last i + 1 constants — and the right one
-    once the first assignment is among them. In compact ids each line asks for its own variable, at its last token.
+    once the first assignment is among them. In compact ids a line is a constant and then what is
+    added and where it goes, `7 >B` and `4 +B>D`, and asks for its own variable.
 
     Attributes:
         lines: how many assignments a problem has.
@@ -51,7 +52,9 @@ class Variables(ArrayTask):
 
     @property
     def other_words(self) -> list[str]:
-        return [*letters(self.lines), "=", END]
+        names = letters(self.lines)
+        sums = [f"+{used}>{name}" for name in names for used in names]
+        return [*sums, *(f">{name}" for name in names), *names, END]
 
     @property
     def usual_questions(self) -> int:
@@ -60,7 +63,8 @@ class Variables(ArrayTask):
     def draw(self, rng: np.random.Generator, count: int, least: int, most: int, questions: int) -> Problems:
         lines = self.lines
         name = rng.random((count, lines)).argsort(1)
-        constant = rng.integers(0, self.modulus, (count, lines))
+        # None is 0: no step leaves a result as it was before the last, so a result that stays is a right one.
+        constant = rng.integers(1, self.modulus, (count, lines))
         eagerness, fresh = rng.random((count, 1)) * 2, rng.random((count, lines)) < 0.15
         source, distance = np.full((count, lines), -1), np.zeros((count, lines), dtype=int)
         for line in range(1, lines):
@@ -87,16 +91,17 @@ class Variables(ArrayTask):
         return np.take_along_axis(self.values(problems, num_steps), asked, 2)
 
     def statement(self, problems: Problems) -> np.ndarray:
-        names = self.modulus + problems["name"]
-        used = np.take_along_axis(names, np.maximum(problems["source"], 0), 1)
-        used = np.where(problems["source"] < 0, self.modulus + self.lines, used)
-        return np.stack([names, used, problems["constant"]], 2).reshape(len(problems), -1)
+        name, source, lines = problems["name"], problems["source"], self.lines
+        used = np.take_along_axis(name, np.maximum(source, 0), 1)
+        stored = self.modulus + np.where(source < 0, lines**2 + name, name * lines + used)
+        return np.stack([problems["constant"], stored], 2).reshape(len(problems), -1)
 
     def places_in_statement(self, problems: Problems) -> np.ndarray:
-        return 3 * problems["asked"] + 2
+        return 2 * problems["asked"] + 1
 
     def asked(self, problems: Problems) -> np.ndarray:
-        return self.modulus + np.take_along_axis(problems["name"], problems["asked"], 1)[..., None]
+        first_name = self.modulus + self.lines**2 + self.lines
+        return first_name + np.take_along_axis(problems["name"], problems["asked"], 1)[..., None]
 
     def scratchpad(self, problems: Problems) -> tuple[np.ndarray, np.ndarray]:
         """The values of the variables from the constant on to the one that is asked for."""

@@ -1,0 +1,197 @@
+"""What depth buys on tasks that need it: small looped models beside controls, from scratch.
+
+Each run trains one model on one task with one seed and writes what it measured as one JSON file; what is there is not
+run again. `--write docs/results.md` puts the tables into the page.
+
+    OMP_NUM_THREADS=1 python benchmarks/depth_tasks.py --out runs/depth-tasks
+    python benchmarks/depth_tasks.py --out runs/depth-tasks --write docs/results.md
+"""
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pages import replace_table
+
+from redepth.checkpoint.cost import count_parameters, training_flops_per_token
+from redepth.checkpoint.folder import write_json
+from redepth.data.tasks import ArrayTask, open_task
+from redepth.evaluation.tasks import compact_batches, task_accuracy
+from redepth.healing.from_scratch import TaskTraining, save_task_model, task_config, train_on_task
+
+TASKS = {
+    "roots": "task:roots?depth=0-5&nodes=12",
+    "iterate": "task:iterate?depth=1-5&nodes=12",
+}
+DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
+UPDATES = {"roots": 700, "iterate": 900}
+PROBLEMS = 256  # of each split, to measure on
+CRITERION, THRESHOLD = "kl", 0.05
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of the table.
+
+    Attributes:
+        layers: of prelude, core and coda.
+        flops_of: train as many updates as take the FLOPs of that run with the same seed.
+        feed_back: run the whole model again on its own answers, in place of steps.
+        seeds: how many.
+    """
+
+    means: str
+    training: TaskTraining
+    layers: tuple[int, int, int] = (1, 1, 0)
+    flops_of: str = ""
+    feed_back: bool = False
+    seeds: int = 3
+    tasks: tuple[str, ...] = tuple(TASKS)
+
+
+EVERY_STEP = TaskTraining("every-step")
+STATIC = TaskTraining("last", num_steps=1)
+RUNS = {
+    "looped": Run("looped, a label for every step", EVERY_STEP),
+    "static": Run("the same layers without recurrence, same tokens", STATIC),
+    "static-flops": Run("the same layers without recurrence, same FLOPs", STATIC, flops_of="looped"),
+    "scratchpad": Run(
+        "the same layers without recurrence, intermediate results written out", TaskTraining("scratchpad", num_steps=1)
+    ),
+    "rerun": Run(
+        "the same layers without recurrence, trained to make one step and run again on its own answers",
+        TaskTraining("every-step", num_steps=1, window=1),
+        feed_back=True,
+        tasks=("roots",),
+    ),
+    "unshared": Run("9 layers as the looped model runs at r = 8, none shared, same tokens", STATIC, layers=(1, 8, 0)),
+    "last": Run("looped, a label for the last step alone", TaskTraining("last")),
+}
+
+
+@torch.no_grad()
+def accuracy_of_scratchpads(model: Any, task: ArrayTask, seed: int) -> tuple[dict[int, float], dict[int, float]]:
+    """By difficulty: the share of answers that greedy writing ends in, and how many tokens are written."""
+    hits: dict[int, list[bool]] = {}
+    written: dict[int, list[int]] = {}
+    for split, least in (("held-out", 0), ("harder", task.depth[1] + 1)):
+        batch = task.scratchpad_batch(split, PROBLEMS // 4, seed)
+        told = batch.prompts.flatten(0, 1)
+        ids, ended = told, torch.zeros(len(told), dtype=torch.bool)
+        lengths = torch.zeros(len(told), dtype=torch.long)
+        answers = torch.full((len(told),), -1)
+        for _ in range(task.range_of("harder")[1] + 3):
+            following = model(ids, num_steps=1, use_cache=False).logits[:, -1].argmax(-1)
+            lengths += ~ended
+            ended |= following == task.end_id
+            answers = torch.where(ended, answers, following)
+            ids = torch.cat([ids, following[:, None]], 1)
+        right = (answers == batch.right.flatten()) & ended
+        for difficulty, hit, length in zip(
+            batch.difficulty.flatten().tolist(), right.tolist(), lengths.tolist(), strict=True
+        ):
+            if difficulty >= least:
+                hits.setdefault(difficulty, []).append(hit)
+                written.setdefault(difficulty, []).append(length)
+    return tuple({d: statistics.mean(found[d]) for d in sorted(found)} for found in (hits, written))  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def accuracy_fed_back(model: Any, task: ArrayTask, seed: int) -> dict[int, list[float]]:
+    """By difficulty, accuracy after each of DEPTHS runs of the whole model, each asking about the last one's answers."""
+    found: dict[int, list[float]] = {}
+    for batch in compact_batches(task, PROBLEMS, seed):
+        ids, by_runs = batch.ids.clone(), []
+        for number in range(1, DEPTHS[-1] + 1):
+            logits = model(ids, num_steps=1, use_cache=False).logits
+            places = ids.shape[1] - task.usual_questions
+            ids[:, places:] = logits[:, places:, : task.nodes].argmax(-1)  # type: ignore[attr-defined]
+            if number in DEPTHS:
+                by_runs.append(ids[batch.row, batch.place] == batch.label)
+        right = torch.stack(by_runs)
+        for difficulty in batch.difficulty.unique().tolist():
+            chosen = batch.difficulty == difficulty
+            found.setdefault(difficulty, []).append((right[:, chosen].sum(1), int(chosen.sum())))  # type: ignore[arg-type]
+    return {
+        difficulty: (sum(hits for hits, _ in parts) / sum(count for _, count in parts)).tolist()  # type: ignore[union-attr,misc]
+        for difficulty, parts in sorted(found.items())
+    }
+
+
+def run_one(task_name: str, run_name: str, seed: int, out: Path) -> None:
+    """Train and measure one model, unless that is done."""
+    file = out / f"{task_name}-{run_name}-{seed}.json"
+    if file.exists():
+        return
+    run, task = RUNS[run_name], open_task(TASKS[task_name])
+    assert isinstance(task, ArrayTask)
+    config = task_config(task, layers=run.layers, num_steps=1 if run.training.num_steps else task.depth[1] + 3)
+    training = replace(run.training, seed=seed, updates=UPDATES[task_name])
+    count = count_parameters(config)
+    if run.flops_of:
+        other = json.loads((out / f"{task_name}-{run.flops_of}-{seed}.json").read_text())
+        tokens = other["record"]["tokens"] / other["record"]["updates"]
+        updates = round(other["record"]["flops"] / (training_flops_per_token(count, 0, 1) * tokens))
+        training = replace(training, updates=updates)
+    print(f"{file.stem}: {training}", flush=True)
+    began = time.process_time()
+    model, record = train_on_task(task, config, training)
+    found: dict[str, Any] = {
+        "task": task.spec,
+        "run": run_name,
+        "training": asdict(training),
+        "record": asdict(record),
+        "processor_seconds": time.process_time() - began,
+        "parameters": count.by_part(),
+    }
+    if run.training.supervision == "scratchpad":
+        found["accuracy"], found["written"] = accuracy_of_scratchpads(model, task, seed=1)
+    elif run.feed_back:
+        found["fed_back"] = accuracy_fed_back(model, task, seed=1)
+    else:
+        looped = training.num_steps != 1
+        measured = task_accuracy(
+            model,
+            task,
+            compact_batches(task, PROBLEMS, seed=1),
+            task.depth[1],
+            DEPTHS if looped else (1,),
+            CRITERION if looped else None,
+            THRESHOLD,
+        )
+        found["measured"] = measured.as_dict()
+    if run_name == "looped" and seed == 0:
+        save_task_model(model, task, training, record, out / f"{task_name}-model", overwrite=True)
+    write_json(file, found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/depth-tasks"), help="folder of the results")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--write", type=Path, help="page to put the tables into, instead of running")
+    options = parser.parse_args()
+    if options.write:
+        replace_table(options.write, Path(__file__).name, tables(options.out))
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    for run_name in options.runs:
+        for seed in range(RUNS[run_name].seeds):
+            for task_name in options.tasks:
+                if task_name in RUNS[run_name].tasks:
+                    run_one(task_name, run_name, seed, options.out)
+
+
+def tables(folder: Path) -> str:
+    raise NotImplementedError
+
+
+if __name__ == "__main__":
+    main()
