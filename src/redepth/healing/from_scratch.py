@@ -98,8 +98,8 @@ def task_config(
         norm_before_coda=False,
         qk_bias=False,
         rope_base=10_000.0,
-        # Only the prelude reads its neighbours by their places; the core looks things up by what they are.
-        rope_layers=[layer < layers[0] for layer in range(sum(layers))],
+        # The prelude reads its neighbours by their places; most cores look things up by what they are.
+        rope_layers=[layer < layers[0] or task.core_reads_places for layer in range(sum(layers))],
         initial_state_mode="embed",
         tie_embeddings=False,
         mean_recurrence=num_steps,
