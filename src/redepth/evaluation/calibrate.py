@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from redepth.checkpoint.card import write_card
-from redepth.checkpoint.folder import CONFIG_FILE, CheckpointFolder, local_checkpoint, read_json, write_json
-from redepth.checkpoint.load import load
+from redepth.checkpoint.folder import CONFIG_FILE, CheckpointFolder, read_json, write_json
+from redepth.checkpoint.load import load, local_checkpoint
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthForCausalLM
 from redepth.modeling.exits import EXIT_TESTS, ExitTest
