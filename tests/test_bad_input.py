@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -464,6 +465,14 @@ FOLDERS = {
     "a flag without its value": case("convert {source} {out} --core", "--core"),
     "no argument": case("convert", "SOURCE"),
     "one argument too many": case("inspect {checkpoint} {checkpoint}", ""),
+    "convert where nothing can be made": case(CONVERT.replace("{out}", "/proc/out"), "/proc/out"),
+    "new where nothing can be made": case("new /proc/out", "/proc/out"),
+    "convert below a device": case(CONVERT.replace("{out}", "/dev/null/out"), "/dev/null"),
+    "retrofit into a file": case(
+        "retrofit {texts}/recipe.yaml {file}",
+        "file",
+        text("texts/recipe.yaml", "convert: {source: source, core: '2:4'}\nheal: {sequence_length: 16}\n"),
+    ),
     "a name with a null byte": case("inspect \0", ""),
     "a very long name": case("inspect /" + "x" * 5000, ""),
 }
@@ -553,5 +562,71 @@ def test_bad_input_ends_in_one_line(run, name: str) -> None:
     assert CASES[name].says.lower() in lines[0].lower()
 
 
+WRITERS = {
+    "convert": CONVERT,
+    "new": "new {out} -q",
+    "verify": "verify {checkpoint} --against {source} -q",
+    "calibrate": "calibrate {checkpoint} -q --rows 2 --sequence-length 16 --most-steps 3",
+    "convert again": "convert {checkpoint} {out} -q",
+}
+
+
+# Commands that write weights fail at any size; what the others write is small.
+FULL_AT = {command: (0, 300) if command in ("verify", "calibrate") else (0, 300, 3_000, 30_000) for command in WRITERS}
+
+
+@pytest.mark.parametrize(("command", "size"), [(command, size) for command, sizes in FULL_AT.items() for size in sizes])
+def test_a_full_disk_ends_in_one_line(run, command: str, size: int) -> None:
+    """No file can grow beyond `size` bytes."""
+
+    def fill(root: Path) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+    one = case(WRITERS[command], "", fill)
+    try:
+        code, lines = run(one)
+    finally:
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    assert (code, len(lines)) == (2, 1), lines
+
+
+@pytest.mark.parametrize("command", [*WRITERS, "heal"])
+def test_a_folder_that_can_not_be_written_is_named(run, tmp_path: Path, monkeypatch, command: str) -> None:
+    line = WRITERS.get(command, HEAL)
+    make = os.mkdir
+
+    def refuse(path: Any, *args: Any, **kwargs: Any) -> None:
+        if str(path).startswith((str(tmp_path / "out"), str(tmp_path / "checkpoint"))):
+            raise PermissionError(13, "Permission denied", str(path))
+        make(path, *args, **kwargs)
+
+    def protect(root: Path) -> None:
+        monkeypatch.setattr(os, "mkdir", refuse)
+
+    code, lines = run(case(line, "", protect))
+    assert (code, len(lines)) == (2, 1), lines
+    assert str(tmp_path) in lines[0]
+
+
 def test_the_table_is_long_enough() -> None:
     assert len(CASES) >= 200
+
+
+def test_a_bug_says_that_it_is_one(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("redepth.api.read_config", lambda *args, **kwargs: 1 // 0)
+    code, (line,) = run(case(LOAD, ""))
+    assert code == 1
+    assert "this is a bug of redepth, ZeroDivisionError" in line
+    report = Path(next(word for word in line.split() if "redepth-bug-" in word).rstrip(","))
+    assert "Traceback" in report.read_text()
+    report.unlink()
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (BrokenPipeError(), 1)])
+def test_interrupts_and_closed_pipes_are_quiet(run, monkeypatch: pytest.MonkeyPatch, error, code: int) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("redepth.api.read_config", fail)
+    assert run(case(LOAD, "")) == (code, [])
