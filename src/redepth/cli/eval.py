@@ -11,6 +11,7 @@ from redepth import api
 from redepth.errors import RedepthError
 
 from .console import (
+    SEEDS,
     AsJson,
     Checkpoint,
     Device,
@@ -36,7 +37,7 @@ def command(
     ] = None,
     exit_threshold: Annotated[str, typer.Option(help="Of the test; auto for its own.")] = "auto",
     limit: Annotated[int, typer.Option(help="Problems of each split.")] = 256,
-    seed: Annotated[int, typer.Option(help="Of the problems.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the problems.", **SEEDS)] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for tasks.json and a heat map of each task.")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
