@@ -76,7 +76,7 @@ def calibrate(
     Raises:
         RedepthError: for a checkpoint that is not a local folder, or text or numbers that do not fit.
     """
-    from redepth.checkpoint.folder import local_checkpoint
+    from redepth.checkpoint.folder import CheckpointFolder, local_checkpoint
     from redepth.checkpoint.load import load_tokenizer, read_config
     from redepth.data.rows import held_out_text
     from redepth.evaluation.calibrate import calibrate as measure
@@ -88,6 +88,7 @@ def calibrate(
     if rows < 1 or sequence_length < 2:
         raise RedepthError(f"--rows {rows} and --sequence-length {sequence_length} must be at least 1 and 2")
     config, _ = read_config(local_checkpoint(checkpoint))
+    CheckpointFolder(checkpoint).check_writable()
     if most_steps is not None and most_steps > config.max_num_steps:
         raise RedepthError(f"--most-steps {most_steps} is more than this model's max_num_steps, {config.max_num_steps}")
     if sequence_length > config.block_size:
