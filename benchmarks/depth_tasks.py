@@ -26,10 +26,12 @@ from redepth.healing.from_scratch import TaskTraining, save_task_model, task_con
 
 TASKS = {
     "roots": "task:roots?depth=0-5&nodes=12",
+    "variables": "task:variables?depth=0-5&lines=12&modulus=3",
     "iterate": "task:iterate?depth=1-5&nodes=12",
+    "addition": "task:addition?depth=0-5&places=14",
 }
 DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
-UPDATES = {"roots": 700, "iterate": 900}
+UPDATES = {"roots": 700, "variables": 1200, "iterate": 900, "addition": 400}
 PROBLEMS = 256  # of each split, to measure on
 CRITERION, THRESHOLD = "kl", 0.05
 
@@ -189,8 +191,108 @@ def main() -> None:
                     run_one(task_name, run_name, seed, options.out)
 
 
+def found_of(folder: Path, task_name: str, run_name: str) -> list[dict[str, Any]]:
+    """What the seeds of a run measured, as far as they are there."""
+    return [json.loads(file.read_text()) for file in sorted(folder.glob(f"{task_name}-{run_name}-[0-9].json"))]
+
+
+def by_steps(found: dict[str, Any]) -> dict[int, dict[int, float]]:
+    """Accuracy by difficulty and number of steps (of runs, of the model fed back; 1 where there are no steps)."""
+    if "fed_back" in found:
+        return {int(d): dict(zip(DEPTHS, row, strict=True)) for d, row in found["fed_back"].items()}
+    if "accuracy" in found:
+        return {int(d): {1: value} for d, value in found["accuracy"].items()}
+    measured = found["measured"]
+    rows = zip(measured["difficulties"], measured["accuracy"], strict=True)
+    return {d: dict(zip(measured["num_steps"], row, strict=True)) for d, row in rows}
+
+
+def mean_over(found: list[dict[str, Any]], steps: int, least: int, most: int) -> str:
+    """Per cent right, each difficulty counting alike: mean of the seeds and, in brackets, the lowest and highest."""
+    values = []
+    for one in found:
+        table = by_steps(one)
+        chosen = [row[steps if steps in row else 1] for d, row in table.items() if least <= d <= most]
+        values.append(100 * statistics.mean(chosen))
+    spread = f" ({min(values):.0f} – {max(values):.0f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def flops_per_answer(found: dict[str, Any], task: ArrayTask, steps: int, least: int, most: int) -> float:
+    """Forward FLOPs of the layers for one problem with one question, its scratchpad included where there is one."""
+    parts = found["parameters"]
+    tokens = task.statement(task.problems("train", 1)).shape[1] + task.asked(task.problems("train", 1)).shape[2]
+    one_pass = 2.0 * (parts["prelude"] + steps * parts["core"] + parts["coda"])
+    if "fed_back" in found:
+        one_pass = 2.0 * steps * (parts["prelude"] + parts["core"] + parts["coda"])
+    if "written" in found:
+        tokens += statistics.mean(length for d, length in found["written"].items() if least <= int(d) <= most)
+    return tokens * one_pass
+
+
 def tables(folder: Path) -> str:
-    raise NotImplementedError
+    """For each task one table of runs and one of the looped model's accuracy by difficulty and steps."""
+    parts = []
+    for task_name, spec in TASKS.items():
+        task = open_task(spec)
+        assert isinstance(task, ArrayTask)
+        looped = found_of(folder, task_name, "looped")
+        if not looped:
+            continue
+        least, most = task.depth
+        hard, harder = (most // 2 + 1, most), task.range_of("harder")
+        trained_steps = looped[0]["record"]["most_steps"]
+        head = (
+            f"**`{spec}`**, {looped[0]['parameters']['total']:,} parameters; trained on difficulties {least} to {most}, at most "
+            f"{trained_steps} steps; chance aside, no answer of the columns at the right was in reach of training"
+        )
+        rows = [
+            f"| run | seeds | r | {hard[0]} – {hard[1]} (hard half) | MFLOPs per answer there | "
+            f"{harder[0]} – {harder[1]} (not trained) | training PFLOPs | updates | processor minutes |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for run_name, run in RUNS.items():
+            found = found_of(folder, task_name, run_name)
+            if not found:
+                continue
+            steps_of = (1, 2, 8, 12) if run_name in ("looped", "last", "rerun") else (1,)
+            for steps in steps_of:
+                flops = statistics.mean(flops_per_answer(one, task, steps, *hard) for one in found)
+                first = steps == steps_of[0]
+                cells = [
+                    f"`{run_name}`: {run.means}" if first else "",
+                    str(len(found)) if first else "",
+                    str(steps),
+                    mean_over(found, steps, *hard),
+                    f"{flops / 1e6:.1f}",
+                    mean_over(found, steps, *harder),
+                ]
+                records = [one["record"] for one in found]
+                cells += [
+                    f"{statistics.mean(record['flops'] for record in records) / 1e15:.5f}" if first else "",
+                    f"{statistics.mean(record['updates'] for record in records):.0f}" if first else "",
+                    f"{statistics.mean(one['processor_seconds'] for one in found) / 60:.1f}" if first else "",
+                ]
+                rows.append("| " + " | ".join(cells) + " |")
+        grid = [
+            "| difficulty | " + " | ".join(f"r = {steps}" for steps in DEPTHS) + " | exit step | right at exit |",
+            "| --- |" + " --- |" * (len(DEPTHS) + 2),
+        ]
+        for number, difficulty in enumerate(looped[0]["measured"]["difficulties"]):
+            cells = [f"{100 * statistics.mean(by_steps(one)[difficulty][r] for one in looped):.1f}" for r in DEPTHS]
+            exits = [one["measured"]["exits"] for one in looped]
+            cells.append(f"{statistics.mean(one['mean_steps'][number] for one in exits):.2f}")
+            cells.append(f"{100 * statistics.mean(one['accuracy'][number] for one in exits):.1f}")
+            grid.append(f"| {difficulty}{'' if difficulty <= most else ' *'} | " + " | ".join(cells) + " |")
+        ends = [one["measured"]["exits"] for one in looped]
+        said = (
+            f"Adaptive exit (`{CRITERION}` below {THRESHOLD}, at most {DEPTHS[-1]} steps): "
+            f"{100 * statistics.mean(one['overall'] for one in ends):.1f} % right over all, against "
+            f"{100 * statistics.mean(one['overall_fixed'] for one in ends):.1f} % at r = {DEPTHS[-1]} for every token; Spearman of "
+            f"difficulty and steps {statistics.mean(one['spearman'] for one in ends):.2f}. Means of {len(ends)} seeds; * not trained."
+        )
+        parts += [head, "", *rows, "", *grid, "", said, ""]
+    return "\n".join(parts).rstrip()
 
 
 if __name__ == "__main__":

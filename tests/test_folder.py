@@ -12,7 +12,7 @@ import pytest
 
 import redepth
 from redepth.checkpoint import folder as folder_module
-from redepth.checkpoint.folder import MANIFEST_FILE, CheckpointFolder, recover, whole_folder
+from redepth.checkpoint.folder import MANIFEST_FILE, CheckpointFolder
 from redepth.checkpoint.lock import WORK_FOLDER
 from redepth.errors import RedepthError
 from redepth.surgery.create import create
@@ -218,7 +218,8 @@ def test_debris_of_earlier_versions_is_cleared(tmp_path: Path) -> None:
     fill(tmp_path / ".out.old.abcdefgh" / "out", OLD)
     fill(tmp_path / ".out.new.12345678", NEW)
     fill(tmp_path / ".out.notes", {"a": "mine"})
-    recover(out)
+    with CheckpointFolder(out).locked():
+        pass
     assert content_of(out) == OLD
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [".out.notes", "out"]
 
@@ -300,11 +301,3 @@ def test_overwriting_a_conversion_keeps_what_is_not_redepths(zoo, tmp_path: Path
     assert redepth.verify(out, zoo["qwen3"]).passed
     files = json.loads((out / MANIFEST_FILE).read_text())["files"]
     assert {file.name for file in out.iterdir()} == {*files, MANIFEST_FILE, "eval"}
-
-
-def test_whole_folder_serves_both(out: Path, tmp_path: Path) -> None:
-    with whole_folder(out, overwrite=True) as stage:
-        fill(stage, NEW)
-    assert content_of(out) == {name: text for name, text in OLD.items() if name != "model.safetensors"} | NEW
-    with pytest.raises(RedepthError, match="already exists"), whole_folder(out):
-        pass

@@ -122,7 +122,7 @@ def test_healed_further_and_all_of_it_recorded(checkpoint: Path, tmp_path: Path)
     del old["run"], old["earlier"]  # as they were written before runs were counted
     (checkpoint / "healing.json").write_text(json.dumps(old))
     (checkpoint / "evaluation.json").write_text("{}")  # of weights that are about to go
-    second = HealRecipe(**QUICK | {"seed": 5, "data": write_letters(tmp_path, "a"), "learning_rate": 1e-4})
+    second = HealRecipe(**QUICK | {"seed": 5, "learning_rate": 1e-4})
     beside = heal(checkpoint, second, out=tmp_path / "beside")
     again = heal(checkpoint, second, further=True)
     assert again.loss_before == pytest.approx(first.loss_after) == pytest.approx(beside.loss_before)
@@ -267,7 +267,7 @@ def test_recipes_that_are_none(tmp_path: Path, content: bytes, message: str) -> 
     for read in (read_heal_recipe, read_retrofit_recipe):
         if read is read_retrofit_recipe and content.startswith(b"heal: {"):
             file.write_bytes(b"convert: {source: x}\n" + content)
-        with pytest.raises(RedepthError, match=message if read is read_heal_recipe else "") as said:
+        with pytest.raises(RedepthError, match=message if read is read_heal_recipe else "recipe.yaml") as said:
             read(file)
         assert "\n" not in str(said.value) and len(str(said.value)) < 400
     with pytest.raises(RedepthError, match="can't be read"):

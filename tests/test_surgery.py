@@ -156,6 +156,7 @@ def test_output_folder_is_complete(zoo, tmp_path: Path) -> None:
     redepth.convert(zoo["gemma2"], tmp_path / "out")
     names = {file.name for file in (tmp_path / "out").iterdir()}
     modelling = {
+        "errors.py",
         "blocks.py",
         "cache.py",
         "cache_rules.py",

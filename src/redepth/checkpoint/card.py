@@ -1,5 +1,6 @@
 """The model card of a recurrent checkpoint, in the hub's format, made from the records in its folder."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def _text_licences(sources: list[dict[str, Any]]) -> str:
     return "\n\n" + _table(["training text", "licence"], list(rows.values())) if rows else ""
 
 
-def write_card(folder: Path, name: str | None = None, base: Path | None = None) -> None:
+def write_card(folder: Path, name: str | None = None, base: Path | None = None, outdated: Iterable[str] = ()) -> None:
     """Write README.md from the folder's config, recipe, verification, healing and evaluation records.
 
     The card of a checkpoint that redepth did not convert is its owner's and stays as it is.
@@ -134,10 +135,12 @@ def write_card(folder: Path, name: str | None = None, base: Path | None = None) 
     Args:
         name: what the folder will be called, where it is not called so yet.
         base: the checkpoint that `folder` holds new files for; what `folder` lacks is read there.
+        outdated: names of records in `base` that hold no longer.
     """
 
     def holder(file: str) -> Path:
-        return base if base is not None and not (folder / file).exists() else folder
+        lacks = not (folder / file).exists() and file not in outdated
+        return base if base is not None and lacks else folder
 
     def record(file: str) -> Any | None:
         return read_json(holder(file) / file)

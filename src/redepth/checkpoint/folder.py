@@ -305,20 +305,6 @@ def is_weights(name: str) -> bool:
     return name in (WEIGHTS_FILE, INDEX_FILE) or SHARD.fullmatch(name) is not None
 
 
-@contextmanager
-def whole_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to write a whole checkpoint into, in place of the files of one that is there already."""
-    folder = CheckpointFolder(out)
-    with folder.updating() if overwrite else folder.replacing() as stage:
-        yield stage
-
-
-def recover(out: Path) -> None:
-    """Clear up after a process that was killed while it wrote `out`."""
-    _recover_renamed(out)
-    CheckpointFolder(out).settle()
-
-
 def _recover_renamed(out: Path) -> None:
     """Clear up beside a folder that an earlier version of redepth was replacing by two renames when it was killed.
 

@@ -278,10 +278,11 @@ def _save(
     model.config.mean_backprop_depth = recipe.backprop_depth
     model.config.use_cache = True
     model.config.depth_profile = None  # of the weights as they were
-    with target.updating(outdated=[EVALUATION_FILE]) as stage:
+    outdated = [EVALUATION_FILE]
+    with target.updating(outdated) as stage:
         if target.path != folder:
             for file in folder.iterdir():
-                if file.is_file() and not is_weights(file.name) and file.name not in (EVALUATION_FILE, MANIFEST_FILE):
+                if file.is_file() and not is_weights(file.name) and file.name not in (*outdated, MANIFEST_FILE):
                     shutil.copy2(file, stage / file.name)
         model.save_pretrained(stage)
         write_json(stage / HEALING_FILE, asdict(healing))
@@ -290,4 +291,4 @@ def _save(
         runs = target.path / WORK_FOLDER / "runs"  # of the trackers
         if runs.is_dir():
             shutil.copytree(runs, stage / "runs")
-        write_card(stage, target.path.name, base=folder)
+        write_card(stage, target.path.name, folder, outdated)

@@ -26,6 +26,7 @@ class Addition(ArrayTask):
     """
 
     short_name: ClassVar[str] = "addition"
+    core_reads_places: ClassVar[bool] = True
     depth: tuple[int, int] = (0, 8)
     places: int = 16
 
