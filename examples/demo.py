@@ -111,8 +111,9 @@ def show_depth(looped: TaskAccuracy, static: TaskAccuracy) -> None:
 
 
 def show_example(task: ArrayTask) -> None:
-    """One question, the first of its seed, answered at four depths and by the control."""
-    problem = task.problems("harder", 1, EXAMPLE_SEED, questions=1)
+    """One held-out question, the first of its seed, answered at four depths and by the control."""
+    deepest = task.depth[1]
+    problem = task.problems("held-out", 1, EXAMPLE_SEED, questions=1, depth=(deepest, deepest))
     words = [task.words[number] for number in (*task.statement(problem)[0], task.asked(problem)[0, 0, 0])]
     route = [task.say(int(node)).strip() for node in task.results(problem, int(problem.difficulty[0, 0]))[:, 0, 0]]
     console.print(f"\nOne question: where does {route[0]} lead in the end? The way is {' → '.join(route)}.")
