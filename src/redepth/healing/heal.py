@@ -26,6 +26,7 @@ from redepth.checkpoint.folder import (
 from redepth.checkpoint.load import load, load_tokenizer, read_config
 from redepth.data.mixture import training_and_held_out
 from redepth.data.survey import count_licenses
+from redepth.data.tasks import is_task
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthForCausalLM
 from redepth.runtime import has_bf16, keep_freed_memory
@@ -40,6 +41,7 @@ from .trainer import HealTrainer, Progress, training_arguments, use_memory_saver
 WORK_FOLDER = "healing"
 BEFORE_FILE = "before.json"
 LOG_FILE = "healing-log.jsonl"
+MADE: dict[str, int | None] = {"made for the run": None}  # problems of a task
 # What may change when a run is taken up again: it has no part in what is learnt, or only rounds differently.
 FREE_TO_CHANGE = {
     "micro_batch_size",
@@ -281,9 +283,15 @@ def _sources(recipe: HealRecipe) -> list[dict[str, Any]]:
         source.data: count_licenses(source.data, source.text_column or recipe.text_column, source.license)
         for _, sources in recipe.timetable()
         for source in sources
+        if not is_task(source.data)
     }
     return [
-        {"data": source.data, "weight": source.weight, "until": round(end, 6), "licenses": surveyed[source.data]}
+        {
+            "data": source.data,
+            "weight": source.weight,
+            "until": round(end, 6),
+            "licenses": surveyed.get(source.data, MADE),
+        }
         for end, sources in recipe.timetable()
         for source in sources
     ]

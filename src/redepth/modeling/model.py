@@ -3,7 +3,7 @@
 Shapes: B batch, T new tokens, S stored and new tokens, D width, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -196,6 +196,8 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, RecurrentDepthGen
         logits_to_keep: int | torch.Tensor = 0,
         loss_only: bool = False,
         token_loss: TokenLoss = cross_entropy_of_tokens,
+        step_labels: torch.Tensor | None = None,
+        step_weights: Sequence[float] | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -211,6 +213,9 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, RecurrentDepthGen
             logits_to_keep: how many last tokens get logits, 0 for all, or their indices.
             loss_only: with labels, compute the loss a few tokens at a time and return no logits.
             token_loss: the loss of some tokens under `loss_only`; the cross-entropy by default.
+            step_labels: `[B, S, T]`, under `loss_only` in place of `labels`: for each of the last S steps its own, each of
+                which leaves through coda and head.
+            step_weights: of those S losses in the whole; equal by default.
 
         Raises:
             ValueError: for num_steps < 1, a mask that can't be honoured, or more tokens than `block_size`.
@@ -237,15 +242,27 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, RecurrentDepthGen
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             read_logits=self.read_logits,
+            supervised_steps=1 if step_labels is None else step_labels.shape[1],
             **{name: value for name, value in keywords.items() if value is not None},
         )
         hidden, logits, loss = outputs.last_hidden_state, None, None
-        if loss_only and labels is not None:
-            items = kwargs.get("num_items_in_batch")
-            learned = self.lm_head.parameters()
-            loss = chunked_cross_entropy(
-                hidden, labels, self.logits, self.config.vocab_size, items, token_loss, parameters=learned
-            )
+        if loss_only and (labels is not None or step_labels is not None):
+            asked = step_labels if step_labels is not None else labels[:, None]  # type: ignore[index]
+            weights = list(step_weights) if step_weights is not None else [1.0] * asked.shape[1]
+            losses = [
+                chunked_cross_entropy(
+                    left,
+                    asked[:, step],
+                    self.logits,
+                    self.config.vocab_size,
+                    kwargs.get("num_items_in_batch"),
+                    token_loss,
+                    parameters=self.lm_head.parameters(),
+                )
+                for step, left in enumerate(outputs.step_hidden_states or (hidden,))
+            ]
+            shares = torch.tensor(weights, device=losses[0].device) / sum(weights)
+            loss = (torch.stack(losses) * shares).sum()
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.logits(hidden[:, kept])
