@@ -540,7 +540,8 @@ def run(house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
                 ),
             ],
         )
-        monkeypatch.setattr("builtins.input", lambda prompt: "hello")
+        said = iter(["hello", "/quit"])
+        monkeypatch.setattr("builtins.input", lambda prompt: next(said))
         monkeypatch.chdir(tmp_path)
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:

@@ -21,6 +21,8 @@ from .optim import check_optimizer, set_trainable
 from .recipe import HealRecipe
 from .trainer import HealTrainer, Progress, training_arguments, use_memory_savers
 
+MADE: dict[str, int | None] = {"made for the run": None}  # problems of a task
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -50,7 +52,12 @@ def survey_sources(recipe: HealRecipe, on_progress: Callable[[Progress], None]) 
 
         licenses[data] = count_licenses(data, column, stated[data], tell)
     return [
-        {"data": source.data, "weight": source.weight, "until": round(end, 6), "licenses": licenses[source.data]}
+        {
+            "data": source.data,
+            "weight": source.weight,
+            "until": round(end, 6),
+            "licenses": licenses.get(source.data, MADE),
+        }
         for end, sources in recipe.timetable()
         for source in sources
     ]

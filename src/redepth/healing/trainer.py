@@ -26,13 +26,15 @@ from redepth.errors import RedepthError, first_line
 from redepth.evaluation.loss import loss_by_depth
 from redepth.modeling import RecurrentDepthForCausalLM
 from redepth.modeling.blocks import Block
+from redepth.modeling.loss import TokenLoss, cross_entropy_of_tokens
 
 from .checkpoints import RUN_FILE, seal
 from .curriculum import depth_of_step, learning_rate_factor, mean_recurrence
 from .distillation import Teacher
 from .guard import SpikeGuard
-from .optim import muon_with_adamw, set_trainable, trainer_optimizer_name, without_lora
+from .optim import muon_with_adamw, set_adapter_rate, set_trainable, trainer_optimizer_name, without_lora
 from .recipe import HealRecipe
+from .supervision import AnswerTally, EarnedDepth, deepest_of, supervised_inputs
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,8 @@ class HealTrainer(Trainer):
         self.add_callback(self.clock)
         self.add_callback(_HeldOutLosses(recipe.eval_every))
         self.remove_callback(PrinterCallback)
+        self.earned = EarnedDepth(recipe) if recipe.depth_sampling == "earned" else None
+        self._answers = AnswerTally()
         self._micro_step = 0
         self._step_loss = 0.0
 
@@ -148,6 +152,8 @@ class HealTrainer(Trainer):
         assert state is not None
         self.clock.elapsed = state["elapsed"]
         self.guard.load_state(state["guard"])
+        if self.earned is not None:
+            self.earned.load_state(state["earned"])
         self.train_dataset.go_to(state["data"])
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         self.clock.step = self.state.global_step
@@ -163,15 +169,18 @@ class HealTrainer(Trainer):
         return loss
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        inputs = inputs | {
-            "num_steps": depth_of_step(self.recipe, self.state.global_step, self.clock.progress),
-            "loss_only": True,
-        }
+        token_loss: TokenLoss = cross_entropy_of_tokens
+        if self.teacher is not None:
+            token_loss = self.teacher.token_loss(inputs["input_ids"], inputs.get("position_ids"))
+        inputs = supervised_inputs(self.recipe, inputs, self._depth(), token_loss, self._answers)
         if self.plain_model().config.initial_state_mode == "noise":
             inputs["input_states"] = self._noise_states(inputs["input_ids"])
-        if self.teacher is not None:
-            inputs["token_loss"] = self.teacher.token_loss(inputs["input_ids"], inputs.get("position_ids"))
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _depth(self) -> tuple[int, int]:
+        """(steps without, steps with gradient) of the optimiser step in hand."""
+        earned = self.earned.depth if self.earned is not None else None
+        return depth_of_step(self.recipe, self.state.global_step, self.clock.progress, earned)
 
     def _noise_states(self, input_ids: torch.Tensor) -> torch.Tensor:
         """s_0 `[B, T, D]`, fresh at every step, for each row by its place in the run's batch.
@@ -195,6 +204,7 @@ class HealTrainer(Trainer):
             torch.distributed.all_reduce(loss)
             loss /= self.args.world_size
         self._micro_step, self._step_loss = 0, 0.0
+        self._note_answers()
         step = self.state.global_step + 1
         trouble = self.guard.judge(step, loss.item(), whole_norm.item())
         if trouble is not None:
@@ -202,11 +212,26 @@ class HealTrainer(Trainer):
             self.say(f"step {step} is skipped, its {trouble}")
         return norm
 
+    def _note_answers(self) -> None:
+        """Let the depth grow by what all processes' answers of this step have cost."""
+        answers, self._answers = self._answers, AnswerTally()
+        if self.earned is None:
+            return
+        if self.args.world_size > 1:
+            sums = torch.tensor([answers.loss, answers.answers], dtype=torch.float64, device=self.args.device)
+            torch.distributed.all_reduce(sums)
+            answers = AnswerTally(sums[0].item(), int(sums[1]))
+        if self.earned.note(sum(self._depth()), answers.mean):
+            self.say(f"step {self.state.global_step + 1}, {self.earned.depth} steps from here on")
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.recipe.optimizer == "muon" and self.optimizer is None:
             trained: Any = self.model if model is None else model
             self.optimizer = muon_with_adamw(trained, self.recipe, set(self.get_decay_parameter_names(trained)))
-        return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        if self.recipe.adapter_rate_factor != 1:
+            set_adapter_rate(optimizer, self.plain_model(), self.recipe)
+        return optimizer
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -239,6 +264,7 @@ class HealTrainer(Trainer):
             state = {
                 "elapsed": self.clock.elapsed,
                 "guard": self.guard.state(),
+                "earned": self.earned.state() if self.earned is not None else None,
                 "data": self.train_dataset.position(self.state.global_step * self.recipe.batch_size),
             }
             seal(folder, state)
@@ -261,7 +287,12 @@ class HealTrainer(Trainer):
                 register_fsdp_forward_method(model, step_call)
         with torch.autocast(self.args.device.type, dtype=torch.bfloat16, enabled=self.args.bf16):
             return loss_by_depth(
-                model, self.held_out, self.recipe.eval_depths, self.recipe.micro_batch_size, on_row=on_row
+                model,
+                self.held_out,
+                self.recipe.eval_depths,
+                self.recipe.micro_batch_size,
+                on_row=on_row,
+                labels=self.train_dataset.held_out_labels,
             )
 
     def plain_model(self) -> RecurrentDepthForCausalLM:
@@ -282,6 +313,14 @@ class HealTrainer(Trainer):
             model.load_state_dict(weights)
         return without_lora(model)
 
+    def _mean_depth(self) -> float:
+        if self.recipe.depth_sampling in ("log-normal-poisson", "fixed"):
+            return mean_recurrence(self.recipe, self.clock.progress)
+        deepest = self.earned.depth if self.earned is not None else deepest_of(self.recipe, self.clock.progress)
+        newest = {"difficulty": 1.0, "up-to-difficulty": 0.0, "earned": self.recipe.newest_share}
+        share = newest[self.recipe.depth_sampling]
+        return share * deepest + (1 - share) * (deepest + 1) / 2
+
     def say(self, remark: str) -> None:
         self.on_progress(Progress("training", self.clock.progress, self.state.global_step, remark=remark))
 
@@ -289,7 +328,7 @@ class HealTrainer(Trainer):
         if "loss" in logs:
             tokens = self.recipe.batch_size * self.recipe.sequence_length * self.state.global_step
             rate = tokens / self.clock.elapsed if self.clock.elapsed else None
-            depth = mean_recurrence(self.recipe, self.clock.progress)
+            depth = self._mean_depth()
             logs = logs | {"mean_recurrence": depth}
             self.on_progress(
                 Progress("training", self.clock.progress, self.state.global_step, logs["loss"], depth, rate)
