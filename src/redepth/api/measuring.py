@@ -76,8 +76,8 @@ def calibrate(
     Raises:
         RedepthError: for a checkpoint that is not a local folder, or text or numbers that do not fit.
     """
-    from redepth.checkpoint.folder import CheckpointFolder, local_checkpoint
-    from redepth.checkpoint.load import load_tokenizer, read_config
+    from redepth.checkpoint.folder import CheckpointFolder
+    from redepth.checkpoint.load import load_tokenizer, local_checkpoint, read_config
     from redepth.data.rows import held_out_text
     from redepth.evaluation.calibrate import calibrate as measure
     from redepth.runtime import choose_device

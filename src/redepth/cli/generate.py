@@ -169,7 +169,13 @@ def command(
 
 
 def _note(stats: dict[str, Any], steps: list[int], policy: dict[str, Any]) -> str:
-    """What a policy did, in a few words."""
+    """What a policy did, in a few words, and whether the model's room cut the text short."""
+    did = _deeds(stats, steps, policy)
+    cut = "the text ends where the model's room does (block_size)" if stats["is_full"] else ""
+    return "; ".join(filter(None, (did, cut)))
+
+
+def _deeds(stats: dict[str, Any], steps: list[int], policy: dict[str, Any]) -> str:
     if "draft_steps" in policy:
         return f"{stats['accepted']} of {stats['drafted']} drafted tokens kept, {stats['rounds']} deep passes"
     if "sampler" in policy:
