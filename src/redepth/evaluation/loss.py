@@ -39,8 +39,8 @@ def loss_by_depth(
             if step in totals:
                 logits = model.predict_from_latents(state).logits
                 assert logits is not None
-                losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
-                totals[step] += losses.item()
+                for row, targets in zip(logits, ids[:, 1:], strict=True):  # so that one row alone is widened to fp32
+                    totals[step] += F.cross_entropy(row[:-1].float(), targets, reduction="sum").item()
         if on_row is not None:
             on_row(min(start + batch_size, len(tokens)), len(tokens))
     model.train(was_training)
