@@ -24,7 +24,7 @@ from redepth.evaluation.tasks import (
 )
 from redepth.healing.from_scratch import TaskTraining, save_task_model, task_config, train_on_task
 
-SPEC = "task:roots?depth=0-2&nodes=6"
+SPEC = "task:roots?depth=0-2&nodes=7"
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def trained(task, tmp_path_factory):
     """A folder with a small model after a few updates."""
     training = TaskTraining(updates=3, batch_size=8)
     model, record = train_on_task(task, task_config(task, width=16, num_steps=3), training)
-    assert record.updates == 3 and record.tokens == 3 * 8 * 13
+    assert record.updates == 3 and record.tokens == 3 * 8 * 15
     return save_task_model(model, task, training, record, tmp_path_factory.mktemp("small") / "model")
 
 
@@ -157,7 +157,7 @@ def test_a_folder_knows_its_task(trained):
     found = evaluate_task(trained, num_steps=(1, 2), limit=8)
     assert found.task == SPEC and found.num_steps == [1, 2] and len(found.accuracy) == 5
     with pytest.raises(RedepthError, match="knows the words of"):
-        evaluate_task(trained, "task:roots?nodes=7&depth=0-2")
+        evaluate_task(trained, "task:roots?nodes=8&depth=0-2")
     with pytest.raises(RedepthError, match="at least 1"):
         evaluate_task(trained, num_steps=(0, 1))
     with pytest.raises(RedepthError, match="limit"):
@@ -193,7 +193,8 @@ def test_mistakes_on_the_command_line(trained, words, said):
 
 def test_generate_answers_in_the_tasks_words(trained):
     run = CliRunner().invoke(
-        app, ["generate", str(trained), "links: A>B B>B C>A D>D E>D F>F C", "--num-steps", "2", "--max-new-tokens", "1"]
+        app,
+        ["generate", str(trained), "links: A>B B>B C>A D>D E>D F>F G>F C", "--num-steps", "2", "--max-new-tokens", "1"],
     )
     assert run.exit_code == 0, run.output
 

@@ -106,7 +106,8 @@ def analyze_model(
 def _static_analysis(name: str, texts: Sequence[Sequence[int]], dtype: Any, device: str) -> Analysis:
     """A model without a loop: its loss, to hold the others' against."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+        model = model.to(device).eval()
     except (OSError, ValueError, KeyError) as error:
         raise RedepthError(f"checkpoint {name!r} can't be read: {first_line(error)}") from None
     with torch.no_grad():

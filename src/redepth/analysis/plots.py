@@ -97,11 +97,13 @@ def inline_svg(figure: Any, label: str) -> str:
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     markup = buffer.getvalue()
     markup = markup[markup.index("<svg") :].replace(INK, "currentColor")
-    # Matplotlib's names are unique in a figure alone; a page has several.
+    # Matplotlib's names are unique in a figure alone, and equal images share one; a page has several figures.
+    markup = re.sub(r'(<image [^>]*?) id="[^"]*"', r"\1", markup)
     own = re.sub(r"\W+", "-", label)
     markup = re.sub(r'\bid="', f'id="{own}-', markup)
     markup = re.sub(r'(href="#|url\(#)', rf"\g<1>{own}-", markup)
-    attributes = f'<svg role="img" aria-label="{label}" '
+    width = 96 * figure.get_size_inches()[0]
+    attributes = f'<svg role="img" aria-label="{label}" style="width:{width:.0f}px" '
     return re.sub(r'(<svg [^>]*?)width="[^"]*" height="[^"]*"', r"\1", attributes + markup[len("<svg ") :], count=1)
 
 
@@ -264,6 +266,7 @@ def plot_by_step(curves: dict[str, dict[str, Any]], first_step: int = 1) -> Any:
             )
         axes.set_title(title)
         axes.set_xlabel("num_steps")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.2)
     if len(lines) > 1:
         handles, labels = grid[0, 0].get_legend_handles_labels()
@@ -283,6 +286,7 @@ def plot_exits(exits: dict[str, Any], num_steps: int) -> Any:
     rows = -(-len(names) // columns)
     figure, grid = _figure(3.0 * columns, 1.9 * rows + 0.3, rows, columns, squeeze=False, sharex=True, sharey=True)
     edges = np.arange(0.5, num_steps + 1)
+    grid[0, 0].xaxis.get_major_locator().set_params(integer=True)
     for place, axes in enumerate(grid.flat):
         if place >= len(names):
             axes.set_visible(False)
@@ -332,6 +336,7 @@ def plot_spread(spread: Any, names: Sequence[str]) -> Any:
         axes.fill_between(steps, low, high, color=PALETTE[place], alpha=0.2, linewidth=0)
         axes.plot(steps, middle, ("-", "--")[place % 2], color=PALETTE[place], label=name, linewidth=1.8)
     axes.set_xlabel("step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("log10 spread / length")
     axes.set_title("runs from different initial states (median, 10–90 % of tokens)")
     axes.grid(alpha=0.2)

@@ -203,7 +203,9 @@ def verdict(figures: dict[str, Any]) -> str:
     if best == deep:
         text += f"The loss falls to the last step: {loss[0]:.3f} nats at r = 1, {loss[-1]:.3f} at {deep}. "
     elif loss[-1] > loss[best - 1] + WORSE:
-        text += f"The loss is lowest at r = {best} ({loss[best - 1]:.3f} nats) and {loss[-1]:.3f} at {deep}. "
+        text += (
+            f"The loss is as low as it gets at r = {best} ({loss[best - 1]:.3f} nats), and {loss[-1]:.3f} at {deep}. "
+        )
     elif best == 1:
         text += f"The loss is {loss[0]:.3f} nats at r = 1, and no depth lowers it. "
     else:
@@ -213,7 +215,8 @@ def verdict(figures: dict[str, Any]) -> str:
         text += "Where the state ends does not depend on where it starts"
     else:
         text += "Where the state ends depends on where it starts"
-    text += f" (runs from different initial states are {spread:.2%} of the state's length apart at the end)."
+    apart = f"{spread:.2%}" if spread >= 0.0001 else "less than 0.01%"
+    text += f" (runs from different initial states are {apart} of the state's length apart at the end)."
     return text
 
 

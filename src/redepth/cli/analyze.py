@@ -12,19 +12,22 @@ from .console import AsJson, Checkpoint, Device, Dtype, Quiet, hush_libraries, p
 
 def command(
     checkpoint: Checkpoint,
-    prompt: Annotated[list[str] | None, typer.Option(help="A text to look at; give it several times for more.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A text to look at; repeat the flag for more.")] = None,
     data: Annotated[
         str | None, typer.Option(help="Held-out text: python-docs, a .txt, .jsonl or .parquet file, or a datasets id.")
     ] = None,
     text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
-    rows: Annotated[int, typer.Option(help="Rows of --data.")] = 4,
+    rows: Annotated[int, typer.Option(help="Number of rows to take from --data.")] = 4,
     sequence_length: Annotated[int, typer.Option(help="Tokens in a row of --data.")] = 128,
-    num_steps: Annotated[int, typer.Option(help="How deep to look, at least 7.")] = 32,
+    num_steps: Annotated[int, typer.Option(help="Number of steps to look at, at least 7.")] = 32,
     out: Annotated[
         Path | None, typer.Option(help="Folder to write; the checkpoint's name with -analysis by default.")
     ] = None,
     compare: Annotated[
-        str | None, typer.Option(help="Another checkpoint for the same texts, such as before healing, or the source.")
+        str | None,
+        typer.Option(
+            help="Another checkpoint to run on the same texts, such as the one before healing, or the source."
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that redepth wrote.")] = False,
     dtype: Dtype = "auto",

@@ -11,6 +11,7 @@ from redepth import api
 from redepth.errors import RedepthError
 
 from .console import (
+    SEEDS,
     AsJson,
     Checkpoint,
     Device,
@@ -28,15 +29,17 @@ def command(
     checkpoint: Checkpoint,
     tasks: Annotated[
         list[str] | None,
-        typer.Option(help="task:NAME?option=value; several times for several; the task a small model was trained on."),
+        typer.Option(
+            help="task:NAME?option=value; repeat the flag for several; by default the task the model was trained on."
+        ),
     ] = None,
-    num_steps: Annotated[str, typer.Option(help="Depths to measure at, with commas between them.")] = "1,2,4,8,16",
+    num_steps: Annotated[str, typer.Option(help="Depths to measure at, separated by commas.")] = "1,2,4,8,16",
     criterion: Annotated[
         str | None, typer.Option(help="Also run adaptive exit under this test, such as argmax-stability or kl.")
     ] = None,
-    exit_threshold: Annotated[str, typer.Option(help="Of the test; auto for its own.")] = "auto",
-    limit: Annotated[int, typer.Option(help="Problems of each split.")] = 256,
-    seed: Annotated[int, typer.Option(help="Of the problems.")] = 0,
+    exit_threshold: Annotated[str, typer.Option(help="Threshold of the exit test; auto for its default.")] = "auto",
+    limit: Annotated[int, typer.Option(help="Number of problems from each split.")] = 256,
+    seed: Annotated[int, typer.Option(help="Seed of the problems.", **SEEDS)] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for tasks.json and a heat map of each task.")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",

@@ -10,11 +10,12 @@ import torch
 from torch.nn import functional as F
 
 from redepth.checkpoint.card import write_card
-from redepth.checkpoint.folder import CONFIG_FILE, CheckpointFolder, local_checkpoint, read_json, write_json
-from redepth.checkpoint.load import load
+from redepth.checkpoint.folder import CONFIG_FILE, CheckpointFolder, read_json, write_json
+from redepth.checkpoint.load import load, local_checkpoint
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthForCausalLM
 from redepth.modeling.exits import EXIT_TESTS, ExitTest
+from redepth.modeling.tokens import check_numbers
 
 WANTED_AGREEMENTS = {"99%": 0.99, "95%": 0.95}
 ENOUGH = 0.005  # nats: the default depth is the shallowest whose loss is this close to the lowest
@@ -55,6 +56,7 @@ def measure_depths(
 
     Raises:
         RedepthError: for a loss that is not finite.
+        ValueError: where the model's logits are NaN.
     """
     found = Measurement(*torch.zeros(2, most_steps, dtype=torch.float64))
     for row, ids in enumerate(tokens.to(model.device).split(1), 1):
@@ -93,6 +95,7 @@ def _logits_of(model: RecurrentDepthForCausalLM, state: torch.Tensor) -> torch.T
     """`[T, V]` from a state `[1, T, D]`, in the model's dtype."""
     logits = model.predict_from_latents(state).logits
     assert logits is not None
+    check_numbers(logits)
     return logits[0]
 
 

@@ -1,5 +1,6 @@
 """Pictures of what depth buys."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,10 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from redepth.checkpoint.folder import write_json
+
+from .tasks import TaskAccuracy
 
 
 def plot_loss_by_depth(losses: dict[str, dict[str, dict[int, float]]], file: str | Path, title: str) -> None:
@@ -100,3 +105,20 @@ def plot_accuracy_by_depth(
     bar.set_label("accuracy, per cent")
     bar.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "25", "50", "75", "100"])
     figure.savefig(file)
+
+
+def write_evaluations(found: Sequence[TaskAccuracy], out: Path) -> None:
+    """`tasks.json` with all of them, and a heat map of each, named after its task."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "tasks.json", [one.as_dict() for one in found])
+    for one in found:
+        name = re.sub(r"\W+", "-", one.task.removeprefix("task:")).strip("-")
+        plot_accuracy_by_depth(
+            one.accuracy,
+            one.difficulties,
+            one.num_steps,
+            out / f"{name}.png",
+            f"{one.task}: accuracy by difficulty and steps",
+            one.trained_most or None,
+            one.exits.mean_steps if one.exits is not None else None,
+        )

@@ -98,8 +98,8 @@ def task_config(
         norm_before_coda=False,
         qk_bias=False,
         rope_base=10_000.0,
-        # Only the prelude reads its neighbours by their places; the core looks things up by what they are.
-        rope_layers=[layer < layers[0] for layer in range(sum(layers))],
+        # The prelude reads its neighbours by their places; most cores look things up by what they are.
+        rope_layers=[layer < layers[0] or task.core_reads_places for layer in range(sum(layers))],
         initial_state_mode="embed",
         tie_embeddings=False,
         mean_recurrence=num_steps,
@@ -186,7 +186,8 @@ def train_on_task(
 
 def _optimizer(model: RecurrentDepthForCausalLM, training: TaskTraining) -> MuonWithAdamW:
     """Muon learns to look a second link up within 100 updates here, where AdamW alone needs more than 500."""
-    inner, outer = [], []
+    inner: list[torch.nn.Parameter] = []
+    outer: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (inner if is_inner_matrix(name, parameter) else outer).append(parameter)
     return MuonWithAdamW(inner, outer, [], training.learning_rate, training.muon_learning_rate, WEIGHT_DECAY)

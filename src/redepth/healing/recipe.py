@@ -227,7 +227,7 @@ def heal_runs(content: dict[str, Any], file: str | Path) -> list[dict[str, Any]]
         RedepthError: where there is none.
     """
     section = content.get("heal")
-    runs = section if isinstance(section, list) else [section]
+    runs: list[Any] = section if isinstance(section, list) else [section]
     if not runs or not all(isinstance(run, dict) for run in runs):
         raise RedepthError(f"recipe {file} has no section 'heal'; put the healing settings under it")
     return runs

@@ -72,7 +72,7 @@ class RecurrentDepthCache(Cache):
         return known_rule(self.rule_name)
 
     @property
-    def layers(self) -> list[CacheSlot]:  # type: ignore[override]
+    def layers(self) -> list[Any]:
         """The slots as transformers counts layers, in the order of their first use."""
         return list(self.slots.values())
 

@@ -24,7 +24,7 @@ class CacheSlot(CacheLayerMixin):
         super().__init__()
 
     @property
-    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
+    def keys(self) -> torch.Tensor | None:
         return self._written("keys")
 
     @keys.setter
@@ -32,7 +32,7 @@ class CacheSlot(CacheLayerMixin):
         self._store("keys", value)
 
     @property
-    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+    def values(self) -> torch.Tensor | None:
         return self._written("values")
 
     @values.setter

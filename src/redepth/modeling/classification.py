@@ -7,3 +7,5 @@ from .pretrained import RecurrentDepthPreTrainedModel
 
 class RecurrentDepthForSequenceClassification(GenericForSequenceClassification, RecurrentDepthPreTrainedModel):
     """Logits `[B, num_labels]` of each row's last token; takes the keywords of `DepthPolicy` as the language model does."""
+
+    base_model_prefix = RecurrentDepthPreTrainedModel.base_model_prefix

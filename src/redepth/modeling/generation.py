@@ -12,9 +12,8 @@ from .configuration import RecurrentDepthConfig
 from .errors import UserError
 from .exits import ExitTest, Measure
 from .policy import POLICY_KEYWORDS, DepthPolicy, take_policy_keywords
-from .ragged import check_numbers
 from .speculation import speculative_decoding
-from .tokens import check_ids
+from .tokens import check_ids, check_numbers
 from .wavefront import wavefront_decoding
 
 logger = logging.get_logger(__name__)
@@ -49,7 +48,7 @@ class RecurrentDepthGeneration(GenerationMixin):
 
     def _prepare_generated_length(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         """Stop where the model's room ends: the last token that is generated is not run, so that it needs none."""
-        prepared = super()._prepare_generated_length(generation_config, *args, **kwargs)
+        prepared: Any = super()._prepare_generated_length(generation_config, *args, **kwargs)  # type: ignore[misc]
         most = self.config.block_size + 1
         if kwargs["input_ids_length"] < most < prepared.max_length:
             logger.warning(
@@ -62,7 +61,7 @@ class RecurrentDepthGeneration(GenerationMixin):
     def _get_candidate_generator(self, **arguments: Any) -> Any:  # type: ignore[override]
         """An assistant goes as deep as its own config says: it may be another model, with no depth at all."""
         own = {name: value for name, value in arguments["model_kwargs"].items() if name != "policy"}
-        return super()._get_candidate_generator(**arguments | {"model_kwargs": own})
+        return super()._get_candidate_generator(**arguments | {"model_kwargs": own})  # type: ignore[misc]
 
     def generate(  # type: ignore[override]
         self,
@@ -114,7 +113,7 @@ class RecurrentDepthGeneration(GenerationMixin):
             decode = speculative_decoding if policy.wavefront is None else wavefront_decoding
             # transformers hands no streamer to a decoding method of one's own.
             arguments["custom_generate"] = partial(decode, streamer=streamer)
-        transformers_generate: Any = super().generate
+        transformers_generate: Any = super().generate  # type: ignore[misc]
         output = transformers_generate(inputs, generation_config, streamer=streamer, **arguments)
         if isinstance(output, ModelOutput):
             if "stats" not in output:

@@ -177,7 +177,8 @@ class LruBlock(nn.Module):
         if timeline.real is not None:
             x = x * timeline.real[..., None]
         mixed = self.conv_1d(self.with_past(x, timeline, memory), timeline)
-        return scan_on(*self.rg_lru(mixed, timeline), timeline, memory).to(x.dtype)
+        added, decay = self.rg_lru(mixed, timeline)
+        return scan_on(added, decay, timeline, memory).to(x.dtype)
 
 
 def scan_on(added: torch.Tensor, decay: torch.Tensor, timeline: Timeline, memory: LruState | None) -> torch.Tensor:

@@ -61,7 +61,7 @@ class PassContext:
             return self
         if device not in self._elsewhere:
             kept: dict[str, Any] = {"cache": self.cache, "watchers": self.watchers}
-            moved = {
+            moved: dict[str, Any] = {
                 part.name: _moved(getattr(self, part.name), device, non_blocking)
                 for part in fields(self)
                 if part.init and part.name not in kept

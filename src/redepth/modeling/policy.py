@@ -194,7 +194,7 @@ class DepthPolicy:
             chosen = num_steps if num_steps is not None else config.default_num_steps
             without, with_gradient = split_num_steps(chosen, config.max_num_steps)
         total = without + with_gradient
-        settings = {
+        settings: dict[str, Any] = {
             "headway": headway,
             "inner_steps": inner_steps,
             "noise_mix": noise_mix,

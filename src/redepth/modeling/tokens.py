@@ -5,13 +5,18 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import is_tracing
 
+from .errors import UserError
+
 
 def surely(condition: torch.Tensor) -> bool:
     """Whether a condition `[]` on data holds, for shortcuts; a compiler can't ask, and takes the general way."""
     return not is_tracing(condition) and bool(condition)
 
 
-from .errors import UserError
+def check_numbers(logits: torch.Tensor) -> None:
+    """Raises ValueError where a logit is not a number."""
+    if bool(logits.isnan().any()):
+        raise UserError("the model's logits are NaN; its weights are damaged, or its dtype is too narrow: try float32")
 
 
 @dataclass

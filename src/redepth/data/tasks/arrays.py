@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -70,6 +71,9 @@ class ArrayTask(Task):
     depth: tuple[int, int] = (1, 8)
     harder: tuple[int, int] = (0, 0)
     questions: int = 0
+
+    # Whether a step looks at neighbours by their places, rather than for what they are.
+    core_reads_places: ClassVar[bool] = False
 
     # --- what a task says of itself ------------------------------------------------------------------------------
     @property

@@ -17,8 +17,8 @@ class Variables(ArrayTask):
 
     Difficulty is how many assignments lie between a variable and its constant. After step i the result is the value as it
     is if a variable more than i assignments back counts as 0 — the sum of the last i + 1 constants — and the right one
-    once the first assignment is among them. In compact ids a line is a constant and then what is
-    added and where it goes, `7 >B` and `4 +B>D`, and asks for its own variable.
+    once the first assignment is among them. In compact ids a line is
+    its value and where it goes, `=7 >B` and `B+4 >D`, and the second asks for its variable.
 
     Attributes:
         lines: how many assignments a problem has.
@@ -52,9 +52,9 @@ class Variables(ArrayTask):
 
     @property
     def other_words(self) -> list[str]:
-        names = letters(self.lines)
-        sums = [f"+{used}>{name}" for name in names for used in names]
-        return [*sums, *(f">{name}" for name in names), *names, END]
+        names, constants = letters(self.lines), digits(self.modulus)
+        sums = [f"{used}+{constant}" for used in names for constant in constants]
+        return [*sums, *(f"={constant}" for constant in constants), *(f">{name}" for name in names), *names, END]
 
     @property
     def usual_questions(self) -> int:
@@ -91,16 +91,19 @@ class Variables(ArrayTask):
         return np.take_along_axis(self.values(problems, num_steps), asked, 2)
 
     def statement(self, problems: Problems) -> np.ndarray:
-        name, source, lines = problems["name"], problems["source"], self.lines
-        used = np.take_along_axis(name, np.maximum(source, 0), 1)
-        stored = self.modulus + np.where(source < 0, lines**2 + name, name * lines + used)
-        return np.stack([problems["constant"], stored], 2).reshape(len(problems), -1)
+        name, source, constant = problems["name"], problems["source"], problems["constant"]
+        used = np.where(source < 0, self.lines, np.take_along_axis(name, np.maximum(source, 0), 1))
+        value = self.modulus + used * self.modulus + constant
+        return np.stack([value, self._first_target() + name], 2).reshape(len(problems), -1)
+
+    def _first_target(self) -> int:
+        return self.modulus * (self.lines + 2)
 
     def places_in_statement(self, problems: Problems) -> np.ndarray:
         return 2 * problems["asked"] + 1
 
     def asked(self, problems: Problems) -> np.ndarray:
-        first_name = self.modulus + self.lines**2 + self.lines
+        first_name = self._first_target() + self.lines
         return first_name + np.take_along_axis(problems["name"], problems["asked"], 1)[..., None]
 
     def scratchpad(self, problems: Problems) -> tuple[np.ndarray, np.ndarray]:
