@@ -143,7 +143,10 @@ def test_what_is_no_number_is_not_calibrated(zoo, tmp_path) -> None:
     redepth.convert(zoo["llama"], out, core="2:4")
     file = out / "model.safetensors"
     config, tensors = (out / "config.json").read_bytes(), load_file(file)
-    for value, message in ((float("nan"), "NaN or infinite in tensor"), (1e38, "loss of row 1 after 1 steps is|logits are NaN")):
+    for value, message in (
+        (float("nan"), "NaN or infinite in tensor"),
+        (1e38, "loss of row 1 after 1 steps is|logits are NaN"),
+    ):
         save_file(tensors | {"transformer.ln_f.weight": torch.full((24,), value)}, file, metadata={"format": "pt"})
         with pytest.raises(ValueError, match=message):
             calibrate(out, random_ids(2, 8), "random", 3)
