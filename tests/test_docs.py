@@ -4,6 +4,7 @@ import ast
 import inspect
 import pkgutil
 import re
+import runpy
 import shlex
 from functools import cache
 from pathlib import Path
@@ -152,6 +153,12 @@ def test_python_calls_have_their_arguments(page: Path) -> None:
             if name.startswith("redepth."):
                 given = {keyword.arg: None for keyword in call.keywords if keyword.arg}
                 inspect.signature(pkgutil.resolve_name(name)).bind_partial(*call.args, **given)
+
+
+def test_the_tree_of_files_is_as_it_is() -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "tree.py"))
+    page = script["PAGE"].read_text(encoding="utf-8")
+    assert script["written"](page) == script["tree"](), "files or their first lines have changed; run make tree"
 
 
 @pytest.mark.parametrize(
