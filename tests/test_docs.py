@@ -6,6 +6,7 @@ import pkgutil
 import re
 import runpy
 import shlex
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def missing_file(word: str, in_shell: bool) -> bool:
     if re.search(r"[*{<:=…$]", name):
         return False
     if slash:
-        ours = first in FOLDERS or name.endswith(".py")
+        ours = (first in FOLDERS and not name.endswith(".json")) or name.endswith(".py")  # healing/ is OUT/healing too
         return ours and not any((root / name).exists() for root in (ROOT, PACKAGE))
     # In shell a bare name that is no program is the reader's own.
     named = name.endswith(".py" if in_shell else SUFFIXES)
@@ -134,6 +135,13 @@ def test_commands_and_flags_exist(page: Path) -> None:
                 word for word in span.split() if re.match(r"--[a-z]", word) and word.partition("=")[0] not in ours
             ]
     assert not wrong, f"{page.name} names commands or flags that do not exist: {', '.join(wrong)}"
+
+
+@pages
+def test_extras_exist(page: Path) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    for named in re.findall(r"\bredepth\[([\w,]+)\]", page.read_text(encoding="utf-8")):
+        assert set(named.split(",")) <= set(extras), f"{page.name} names redepth[{named}], which is no extra"
 
 
 @pages
