@@ -33,6 +33,8 @@ TASKS = {
 DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
 UPDATES = {"roots": 700, "variables": 1200, "iterate": 900, "addition": 400}
 PROBLEMS = 256  # of each split, to measure on
+STEPS_SHOWN = (1, 2, 6, 8, 12)
+FEWEST = 50  # answers of a difficulty that counts
 CRITERION, THRESHOLD = "kl", 0.05
 
 
@@ -44,7 +46,6 @@ class Run:
         layers: of prelude, core and coda.
         flops_of: train as many updates as take the FLOPs of that run with the same seed.
         feed_back: run the whole model again on its own answers, in place of steps.
-        seeds: how many.
     """
 
     means: str
@@ -52,7 +53,6 @@ class Run:
     layers: tuple[int, int, int] = (1, 1, 0)
     flops_of: str = ""
     feed_back: bool = False
-    seeds: int = 3
     tasks: tuple[str, ...] = tuple(TASKS)
 
 
@@ -177,6 +177,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/depth-tasks"), help="folder of the results")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--seeds", type=int, default=3, help="how many of each run's seeds")
     parser.add_argument("--write", type=Path, help="page to put the tables into, instead of running")
     options = parser.parse_args()
     if options.write:
@@ -185,7 +186,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     for run_name in options.runs:
-        for seed in range(RUNS[run_name].seeds):
+        for seed in range(options.seeds):
             for task_name in options.tasks:
                 if task_name in RUNS[run_name].tasks:
                     run_one(task_name, run_name, seed, options.out)
@@ -207,18 +208,17 @@ def by_steps(found: dict[str, Any]) -> dict[int, dict[int, float]]:
     return {d: dict(zip(measured["num_steps"], row, strict=True)) for d, row in rows}
 
 
-def mean_over(found: list[dict[str, Any]], steps: int, least: int, most: int) -> str:
+def mean_over(found: list[dict[str, Any]], steps: int, difficulties: list[int]) -> str:
     """Per cent right, each difficulty counting alike: mean of the seeds and, in brackets, the lowest and highest."""
     values = []
     for one in found:
         table = by_steps(one)
-        chosen = [row[steps if steps in row else 1] for d, row in table.items() if least <= d <= most]
-        values.append(100 * statistics.mean(chosen))
+        values.append(100 * statistics.mean(table[d][steps] for d in difficulties if d in table))
     spread = f" ({min(values):.0f} – {max(values):.0f})" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{spread}"
 
 
-def flops_per_answer(found: dict[str, Any], task: ArrayTask, steps: int, least: int, most: int) -> float:
+def flops_per_answer(found: dict[str, Any], task: ArrayTask, steps: int, difficulties: list[int]) -> float:
     """Forward FLOPs of the layers for one problem with one question, its scratchpad included where there is one."""
     parts = found["parameters"]
     tokens = task.statement(task.problems("train", 1)).shape[1] + task.asked(task.problems("train", 1)).shape[2]
@@ -226,7 +226,7 @@ def flops_per_answer(found: dict[str, Any], task: ArrayTask, steps: int, least: 
     if "fed_back" in found:
         one_pass = 2.0 * steps * (parts["prelude"] + parts["core"] + parts["coda"])
     if "written" in found:
-        tokens += statistics.mean(length for d, length in found["written"].items() if least <= int(d) <= most)
+        tokens += statistics.mean(length for d, length in found["written"].items() if int(d) in difficulties)
     return tokens * one_pass
 
 
@@ -239,38 +239,37 @@ def tables(folder: Path) -> str:
         looped = found_of(folder, task_name, "looped")
         if not looped:
             continue
-        least, most = task.depth
-        hard, harder = (most // 2 + 1, most), task.range_of("harder")
+        measured, most = looped[0]["measured"], task.depth[1]
+        counted = [d for d, n in zip(measured["difficulties"], measured["answers"], strict=True) if n >= FEWEST]
+        hard = [d for d in counted if most // 2 < d <= most]
+        harder = [d for d in counted if d > most]
         trained_steps = looped[0]["record"]["most_steps"]
         head = (
-            f"**`{spec}`**, {looped[0]['parameters']['total']:,} parameters; trained on difficulties {least} to {most}, at most "
-            f"{trained_steps} steps; chance aside, no answer of the columns at the right was in reach of training"
+            f"### {task_name}\n`{spec}`: {looped[0]['parameters']['total']:,} parameters, trained on difficulties up to {most} "
+            f"with at most {trained_steps} steps."
         )
         rows = [
-            f"| run | seeds | r | {hard[0]} – {hard[1]} (hard half) | MFLOPs per answer there | "
-            f"{harder[0]} – {harder[1]} (not trained) | training PFLOPs | updates | processor minutes |",
+            f"| run | seeds | r | difficulty {hard[0]} – {hard[-1]}, the hard half | MFLOPs per answer | "
+            f"{harder[0]} – {harder[-1]}, never trained | updates | training TFLOPs | processor minutes |",
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         for run_name, run in RUNS.items():
             found = found_of(folder, task_name, run_name)
             if not found:
                 continue
-            steps_of = (1, 2, 8, 12) if run_name in ("looped", "last", "rerun") else (1,)
+            steps_of = STEPS_SHOWN if run_name in ("looped", "last", "rerun") else (1,)
+            records = [one["record"] for one in found]
             for steps in steps_of:
-                flops = statistics.mean(flops_per_answer(one, task, steps, *hard) for one in found)
                 first = steps == steps_of[0]
                 cells = [
                     f"`{run_name}`: {run.means}" if first else "",
                     str(len(found)) if first else "",
                     str(steps),
-                    mean_over(found, steps, *hard),
-                    f"{flops / 1e6:.1f}",
-                    mean_over(found, steps, *harder),
-                ]
-                records = [one["record"] for one in found]
-                cells += [
-                    f"{statistics.mean(record['flops'] for record in records) / 1e15:.5f}" if first else "",
+                    mean_over(found, steps, hard),
+                    f"{statistics.mean(flops_per_answer(one, task, steps, hard) for one in found) / 1e6:.1f}",
+                    mean_over(found, steps, harder),
                     f"{statistics.mean(record['updates'] for record in records):.0f}" if first else "",
+                    f"{statistics.mean(record['flops'] for record in records) / 1e12:.2f}" if first else "",
                     f"{statistics.mean(one['processor_seconds'] for one in found) / 60:.1f}" if first else "",
                 ]
                 rows.append("| " + " | ".join(cells) + " |")
@@ -278,7 +277,9 @@ def tables(folder: Path) -> str:
             "| difficulty | " + " | ".join(f"r = {steps}" for steps in DEPTHS) + " | exit step | right at exit |",
             "| --- |" + " --- |" * (len(DEPTHS) + 2),
         ]
-        for number, difficulty in enumerate(looped[0]["measured"]["difficulties"]):
+        for number, difficulty in enumerate(measured["difficulties"]):
+            if difficulty not in counted:
+                continue
             cells = [f"{100 * statistics.mean(by_steps(one)[difficulty][r] for one in looped):.1f}" for r in DEPTHS]
             exits = [one["measured"]["exits"] for one in looped]
             cells.append(f"{statistics.mean(one['mean_steps'][number] for one in exits):.2f}")

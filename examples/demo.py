@@ -92,7 +92,7 @@ def show_depth(looped: TaskAccuracy, static: TaskAccuracy) -> None:
     table.caption = (
         f"* further from the end than any node in training (at most {looped.trained_most}). The looped model was trained to "
         "give the node i links on after step i, so too few steps are wrong by design; what counts is where its steps lead. "
-        "static: the same layers without recurrence, the same number of problems."
+        "static: the same layers without recurrence, after as many problems; where two chains are left, guessing gives 50."
     )
     for column in ("links to the end", *(f"r={r}" for r in looped.num_steps), "exit step", "static"):
         table.add_column(column, justify="right")

@@ -19,7 +19,11 @@ from redepth.surgery.create import create
 from redepth.surgery.presets import preset_config
 
 Content = dict[str, str]
-OLD = {"config.json": '{"model_type": "huginn_raven"}', "model.safetensors": "old weights", "recipe.yaml": "heal: {}"}
+OLD = {
+    "config.json": '{"model_type": "huginn_raven", "norm_placement": "pre"}',
+    "model.safetensors": "old weights",
+    "recipe.yaml": "heal: {}",
+}
 NEW = {
     "config.json": '{"model_type": "huginn_raven", "n": 1}',
     "model.safetensors.index.json": '{"weight_map": {"a": "model-00001-of-00001.safetensors"}}',
@@ -89,6 +93,14 @@ def test_an_update_keeps_the_rest_and_removes_stale_weights(out: Path) -> None:
     assert (out / "model-00001-of-00001.safetensors").exists()
 
 
+def test_a_published_checkpoint_is_updated_where_it_lies(tmp_path: Path) -> None:
+    published = {"config.json": '{"model_type": "huginn_raven"}', "model.safetensors": "old", "raven_model.py": "code"}
+    fill(tmp_path / "out", published)
+    with CheckpointFolder(tmp_path / "out").updating() as stage:
+        fill(stage, NEW)
+    assert content_of(tmp_path / "out") == NEW | {"raven_model.py": "code"}
+
+
 def test_a_file_that_is_in_the_way_is_named_and_kept(out: Path) -> None:
     fill(out, {"tokenizer.json": "mine"})
     before = content_of(out, ())
@@ -111,6 +123,7 @@ def test_a_checkpoint_without_a_manifest_is_known_by_its_names(out: Path) -> Non
     [
         ({"notes.txt": "mine"}, "was not written by redepth"),
         ({"config.json": '{"model_type": "llama"}', "model.safetensors": "x"}, "was not written by redepth"),
+        ({"config.json": '{"model_type": "huginn_raven"}'}, "was not written by redepth"),  # as published
         ({"config.json": "no json"}, "was not written by redepth"),
         (OLD | {"healing/before.json": "{}"}, "unfinished healing run"),
     ],

@@ -210,6 +210,17 @@ def test_the_same_arguments_give_the_same_problems(name):
     assert torch.equal(task.batch("train", 4, 7).ids, again.batch("train", 4, 7).ids)
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_carry_from_afar_comes_as_often_as_not(split):
+    task = open_task("task:addition?depth=0-4&places=9")
+    problems = task.problems(split, 2000, 0)
+    digits, alone = task.results(problems, 9)[-1], task.results(problems, 0)[0]
+    for difficulty in range(1, task.range_of(split)[1] + 1):
+        chosen = problems.difficulty == difficulty
+        share = (digits != alone)[chosen].mean()
+        assert abs(share - 0.5) < 4 * 0.5 / chosen.sum() ** 0.5
+
+
 def test_a_narrower_depth_for_a_curriculum():
     batch = open_task("task:roots?depth=0-8&nodes=12").batch("train", 64, 0, depth=(0, 2))
     assert batch.difficulty.max() == 2

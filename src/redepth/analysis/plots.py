@@ -97,7 +97,8 @@ def inline_svg(figure: Any, label: str) -> str:
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     markup = buffer.getvalue()
     markup = markup[markup.index("<svg") :].replace(INK, "currentColor")
-    # Matplotlib's names are unique in a figure alone; a page has several.
+    # Matplotlib's names are unique in a figure alone, and equal images share one; a page has several figures.
+    markup = re.sub(r'(<image [^>]*?) id="[^"]*"', r"\1", markup)
     own = re.sub(r"\W+", "-", label)
     markup = re.sub(r'\bid="', f'id="{own}-', markup)
     markup = re.sub(r'(href="#|url\(#)', rf"\g<1>{own}-", markup)

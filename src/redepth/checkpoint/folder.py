@@ -147,10 +147,13 @@ class CheckpointFolder:
             )
 
     def is_ours(self) -> bool:
-        """Whether redepth wrote this folder, or a checkpoint in it is one of redepth's kind."""
+        """Whether redepth wrote this folder: by its manifest, or by a switch that no published config.json has."""
+        return (self.path / MANIFEST_FILE).exists() or "norm_placement" in self._recurrent_config()
+
+    def _recurrent_config(self) -> dict[str, Any]:
+        """What config.json holds, if it is a recurrent checkpoint's."""
         config = _read_quietly(self.path / CONFIG_FILE)
-        kind = config.get("model_type") if isinstance(config, dict) else None
-        return (self.path / MANIFEST_FILE).exists() or kind == RECURRENT_MODEL_TYPE
+        return config if isinstance(config, dict) and config.get("model_type") == RECURRENT_MODEL_TYPE else {}
 
     def owned(self) -> set[str]:
         """Names of the files that redepth may replace or remove, relative to the folder, with `/` between parts.
@@ -162,7 +165,7 @@ class CheckpointFolder:
         names = set(self.weights()) | RECORD_FILES
         if isinstance(manifest, dict) and isinstance(manifest.get("files"), list):
             names |= {str(name) for name in manifest["files"]} | {MANIFEST_FILE}
-        elif self.is_ours():
+        elif self._recurrent_config():
             names |= KNOWN_FILES | self._modelling_files()
             if "convert" in read_recipe(self.path):
                 names.add(CARD_FILE)
@@ -272,32 +275,10 @@ class CheckpointFolder:
 
     def _modelling_files(self) -> set[str]:
         """The modules that config.json's `auto_map` names, and those that redepth exports today."""
-        config = _read_quietly(self.path / CONFIG_FILE)
-        auto_map = config.get("auto_map") if isinstance(config, dict) else None
+        auto_map = self._recurrent_config().get("auto_map")
         named = auto_map.values() if isinstance(auto_map, dict) else ()
         exported = {file.name for file in (Path(__file__).parent.parent / "modeling").glob("*.py")} - {"__init__.py"}
         return exported | {f"{value.partition('.')[0]}.py" for value in named if isinstance(value, str)}
-
-
-def local_checkpoint(name: str | Path) -> Path:
-    """The folder of a checkpoint that is to be written into.
-
-    Raises:
-        RedepthError: for a hub id, and for a folder that is not there or holds no checkpoint.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        CheckpointFolder(folder).settle()
-        if (folder / CONFIG_FILE).is_file():
-            return folder
-        raise RedepthError(f"{str(name)!r} has no config.json; give a folder made by redepth convert")
-    text = str(name)
-    if text.count("/") == 1 and not text.startswith((".", "/", "~")):
-        raise RedepthError(
-            f"{text!r} is no local folder, and a hub repository can't be written into; fetch it first: redepth convert "
-            f"{text} {text.partition('/')[2]}"
-        )
-    raise RedepthError(f"checkpoint {text!r} does not exist; make one with redepth convert")
 
 
 def is_weights(name: str) -> bool:

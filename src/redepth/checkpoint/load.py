@@ -15,7 +15,7 @@ from redepth.modeling.published import BUILT_IN_TEXT, Kind, check_better_than_ch
 from redepth.runtime import choose_device, parse_dtype
 
 from .checked import load_checked
-from .folder import CheckpointFolder
+from .folder import CONFIG_FILE, CheckpointFolder
 
 MODEL_CLASSES: dict[str, Any] = {
     "huginn_raven": RecurrentDepthForCausalLM,
@@ -93,6 +93,27 @@ def read_config(name: str | Path, revision: str | None = None) -> tuple[Recurren
         return config, complete_config(config, name, **where)
     except (OSError, ValueError, TypeError, SafetensorError, StrictDataclassError) as error:
         raise RedepthError(f"checkpoint {str(name)!r}: {one_line(error)}") from None
+
+
+def local_checkpoint(name: str | Path) -> Path:
+    """The folder of a checkpoint that is to be written into.
+
+    Raises:
+        RedepthError: for a hub id, and for a folder that is not there or holds no checkpoint.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        CheckpointFolder(folder).settle()
+        if (folder / CONFIG_FILE).is_file():
+            return folder
+        raise RedepthError(f"{str(name)!r} has no config.json; give a folder made by redepth convert")
+    text = str(name)
+    if text.count("/") == 1 and not text.startswith((".", "/", "~")):
+        raise RedepthError(
+            f"{text!r} is no local folder, and a hub repository can't be written into; fetch it first: redepth convert "
+            f"{text} {text.partition('/')[2]}"
+        )
+    raise RedepthError(f"checkpoint {text!r} does not exist; make one with redepth convert")
 
 
 def load_tokenizer(name: str | Path, revision: str | None = None) -> Any:

@@ -186,8 +186,8 @@ def train_on_task(
 
 def _optimizer(model: RecurrentDepthForCausalLM, training: TaskTraining) -> MuonWithAdamW:
     """Muon learns to look a second link up within 100 updates here, where AdamW alone needs more than 500."""
-    inner: list[torch.Tensor] = []
-    outer: list[torch.Tensor] = []
+    inner: list[torch.nn.Parameter] = []
+    outer: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (inner if is_inner_matrix(name, parameter) else outer).append(parameter)
     return MuonWithAdamW(inner, outer, [], training.learning_rate, training.muon_learning_rate, WEIGHT_DECAY)

@@ -12,9 +12,8 @@ from .configuration import RecurrentDepthConfig
 from .errors import UserError
 from .exits import ExitTest, Measure
 from .policy import POLICY_KEYWORDS, DepthPolicy, take_policy_keywords
-from .ragged import check_numbers
 from .speculation import speculative_decoding
-from .tokens import check_ids
+from .tokens import check_ids, check_numbers
 from .wavefront import wavefront_decoding
 
 logger = logging.get_logger(__name__)

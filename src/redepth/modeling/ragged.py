@@ -12,12 +12,7 @@ from .cache import RecurrentDepthCache
 from .errors import UserError
 from .passes import PassContext, ragged_context
 from .policy import DepthPolicy
-
-
-def check_numbers(logits: torch.Tensor) -> None:
-    """Raises ValueError where a logit is not a number."""
-    if bool(logits.isnan().any()):
-        raise UserError("the model's logits are NaN; its weights are damaged, or its dtype is too narrow: try float32")
+from .tokens import check_numbers
 
 
 class RaggedRows:

@@ -13,6 +13,12 @@ def surely(condition: torch.Tensor) -> bool:
     return not is_tracing(condition) and bool(condition)
 
 
+def check_numbers(logits: torch.Tensor) -> None:
+    """Raises ValueError where a logit is not a number."""
+    if bool(logits.isnan().any()):
+        raise UserError("the model's logits are NaN; its weights are damaged, or its dtype is too narrow: try float32")
+
+
 @dataclass
 class TokenSubset:
     """Some of a pass's tokens, gathered row by row.
