@@ -103,7 +103,9 @@ def unknown_flags(line: str) -> list[str]:
 
 @pages
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r"^(<<<<<<<|>>>>>>>) ", text, flags=re.MULTILINE), f"{page.name} holds both sides of a merge"
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if re.match(r"\w+:", target):
             continue
         name, _, anchor = target.partition("#")
