@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 
 MEASURE = """
 import re, sys
-import redepth
+import redepth, redepth.surgery.convert, redepth.checkpoint.republish, redepth.checkpoint.rewrite
 
 def peak():
     # The kernel's own high-water mark of resident memory, in kB; getrusage would count the parent's.

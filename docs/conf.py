@@ -41,6 +41,11 @@ def python_reference() -> str:
         for name in sorted((name for name, value in public.items() if wanted(value)), key=str.lower):
             members = "   :members:\n   :show-inheritance:\n" if directive == "autoclass" else ""
             parts.append(f"### {name}\n```{{eval-rst}}\n.. {directive}:: redepth.{name}\n{members}```\n")
+            fields = getattr(public[name], "model_fields", {})
+            if fields:
+                parts.append("| key | default | means |\n| --- | --- | --- |")
+                parts += [f"| `{key}` | `{field.default}` | {field.description} |" for key, field in fields.items()]
+                parts.append("")
     return "\n".join(parts)
 
 
@@ -54,11 +59,21 @@ def add_reference(app, page: str, source: list[str]) -> None:
 
 def markdown_to_rst(app, what, name, object_, options, lines: list[str]) -> None:
     """Docstrings have Markdown's code marks; what reStructuredText would take for markup outside them is escaped."""
-    for number, line in enumerate(lines):
-        spans = re.split(r"(``?[^`]+``?)", line)
-        spans[::2] = [re.sub(r"([*|\\]|_(?!\w))", r"\\\1", text) for text in spans[::2]]
-        spans[1::2] = [f"``{code.strip('`')}``" for code in spans[1::2]]
-        lines[number] = "".join(spans)
+    made: list[str] = []
+    example = False
+    for line in lines:
+        if line == "Example:":
+            example = True
+            made += ["Example::", ""]
+        elif example and (not line or line.startswith(" ")):
+            made.append(line)
+        else:
+            example = False
+            spans = re.split(r"(``?[^`]+`?`)", line)
+            spans[::2] = [re.sub(r"([*|\\]|_(?!\w))", r"\\\1", text) for text in spans[::2]]
+            spans[1::2] = [f"``{code.strip('`')}``" for code in spans[1::2]]
+            made.append("".join(spans))
+    lines[:] = made
 
 
 def setup(app) -> None:

@@ -191,6 +191,19 @@ def test_assisted_decoding_equals_plain(models, zoo) -> None:
     assert torch.equal(model.generate(ids, **OPTIONS, prompt_lookup_num_tokens=2), plain)
 
 
+def test_assisted_decoding_on_padded_prompts(models, zoo) -> None:
+    """Padding on the left, and a prompt that holds the padding's id as a token, which generate takes for padding."""
+    model, ids = models["griffin"], random_ids(1, 9)
+    ids[0, 5] = 0
+    assistant = plan_conversion(zoo["griffin"], "0:2", "2:4", "5:6", adapter="inject").model()
+    padded = torch.ones_like(ids)
+    padded[0, :3] = 0
+    for inputs in ({"attention_mask": padded}, {"pad_token_id": 0}):
+        plain = model.generate(ids, **OPTIONS, **inputs)
+        assert torch.equal(model.generate(ids, **OPTIONS, **inputs, assistant_model=assistant), plain)
+        assert torch.equal(model.generate(ids, **OPTIONS, **inputs, prompt_lookup_num_tokens=2), plain)
+
+
 def test_crop_under_latest_takes_back_what_stood_in(model) -> None:
     ids = random_ids(2, 8)
     cache = RecurrentDepthCache(model.config, "latest")
@@ -232,12 +245,12 @@ def test_memory_is_predicted(model, rule: str) -> None:
     assert cache.memory_bytes() == predicted
 
 
-def test_a_second_document_beside_a_cache_or_a_mask_is_refused(models) -> None:
+def test_another_document_beside_padding_is_refused(models) -> None:
     model, ids = models["griffin"], random_ids(1, 8)
-    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])
-    for inputs in ({"use_cache": True}, {"use_cache": False, "attention_mask": torch.ones_like(ids)}):
-        with pytest.raises(ValueError, match="second document in a row"):
-            model(ids, position_ids=positions, num_steps=1, **inputs)
+    positions, mask = torch.tensor([[0, 0, 1, 0, 1, 2, 3, 4]]), torch.ones_like(ids)
+    mask[0, 0] = 0
+    with pytest.raises(ValueError, match="another document in a row with padding"):
+        model(ids, position_ids=positions, num_steps=1, attention_mask=mask)
 
 
 def test_a_cache_of_another_model_is_refused(models, zoo) -> None:

@@ -1,5 +1,6 @@
 """Calibration: one pass measures every depth, and the checkpoint keeps and obeys what it found."""
 
+import copy
 import json
 import logging
 
@@ -43,6 +44,13 @@ def test_one_pass_equals_separate_runs(model, found) -> None:
         assert kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-2, abs=1e-6)
         assert agreement == pytest.approx(float((run.argmax(-1) == runs[-1].argmax(-1)).float().mean()), abs=1e-4)
     assert profile["tokens"] == 60
+
+
+def test_broken_weights_are_not_measured(model) -> None:
+    broken = copy.deepcopy(model)
+    broken.lm_head.weight.data[3] = float("nan")
+    with pytest.raises(ValueError, match="logits are NaN"):
+        measure_depths(broken, random_ids(1, 6), 2)
 
 
 @pytest.mark.parametrize("name", sorted(EXIT_TESTS))

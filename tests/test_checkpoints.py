@@ -22,28 +22,41 @@ POLICIES: list[dict] = [{}, {"criterion": "kl"}, {"draft_steps": 1}, {"sampler":
 ARITHMETIC = {
     name: value for name, value in os.environ.items() if name.startswith(("ATEN_", "OMP_", "MKL_", "ONEDNN_"))
 }
-PLAIN = """
+BLOCK = """
 import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "redepth":
             raise ImportError("redepth is not to be had here")
 sys.meta_path.insert(0, Block())
+"""
+PLAIN = (
+    BLOCK
+    + """
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+import logging
+said = []
+class Keep(logging.Handler):
+    def emit(self, record):
+        said.append(record.getMessage())
+logging.getLogger().addHandler(Keep())
 out = {}
 for folder in sys.argv[2:]:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     assert AutoConfig.from_pretrained(folder, trust_remote_code=True).model_type == "huginn_raven"
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
-        out[folder] = model(ids, num_steps=3).logits
+        # An argument that transformers may add one day must not break what was saved before.
+        out[folder] = model(ids, num_steps=3, of_a_later_day=True).logits
     options = {"num_steps": 3, "max_new_tokens": 5, "do_sample": False}
     for policy in POLICIES[: 2 if model.config.has_lru else None]:
         out[folder + "/" + "".join(policy)] = model.generate(ids, **options, **policy)
 assert "redepth" not in sys.modules
+assert sum("unknown argument 'of_a_later_day'" in one for one in said) == len(sys.argv[2:]), said
 torch.save(out, sys.argv[1])
 """.replace("POLICIES", repr(POLICIES))
+)
 
 
 @pytest.fixture(scope="module")

@@ -156,6 +156,9 @@ def test_heal_and_generate(redepth_command, source: Path, tmp_path: Path) -> Non
         "generate", out_folder, "a depth", "--num-steps", 1, "--num-steps", 4, "--max-new-tokens", 4, "--json"
     )
     assert set(json.loads(out)["continuations"]) == {"1", "4"}
+    code, out, err = redepth_command("generate", out_folder, "a depth " * 15, "--num-steps", 1, "--max-new-tokens", 40)
+    assert code == 0
+    assert "where the model's room does" in err
     code, out, _ = redepth_command(
         "generate", out_folder, "a depth", "--num-steps", 1, "--num-steps", 4, "--temperature", 1
     )

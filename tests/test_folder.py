@@ -12,14 +12,18 @@ import pytest
 
 import redepth
 from redepth.checkpoint import folder as folder_module
-from redepth.checkpoint.folder import MANIFEST_FILE, CheckpointFolder, recover, whole_folder
+from redepth.checkpoint.folder import MANIFEST_FILE, CheckpointFolder
 from redepth.checkpoint.lock import WORK_FOLDER
 from redepth.errors import RedepthError
 from redepth.surgery.create import create
 from redepth.surgery.presets import preset_config
 
 Content = dict[str, str]
-OLD = {"config.json": '{"model_type": "huginn_raven"}', "model.safetensors": "old weights", "recipe.yaml": "heal: {}"}
+OLD = {
+    "config.json": '{"model_type": "huginn_raven", "norm_placement": "pre"}',
+    "model.safetensors": "old weights",
+    "recipe.yaml": "heal: {}",
+}
 NEW = {
     "config.json": '{"model_type": "huginn_raven", "n": 1}',
     "model.safetensors.index.json": '{"weight_map": {"a": "model-00001-of-00001.safetensors"}}',
@@ -89,6 +93,14 @@ def test_an_update_keeps_the_rest_and_removes_stale_weights(out: Path) -> None:
     assert (out / "model-00001-of-00001.safetensors").exists()
 
 
+def test_a_published_checkpoint_is_updated_where_it_lies(tmp_path: Path) -> None:
+    published = {"config.json": '{"model_type": "huginn_raven"}', "model.safetensors": "old", "raven_model.py": "code"}
+    fill(tmp_path / "out", published)
+    with CheckpointFolder(tmp_path / "out").updating() as stage:
+        fill(stage, NEW)
+    assert content_of(tmp_path / "out") == NEW | {"raven_model.py": "code"}
+
+
 def test_a_file_that_is_in_the_way_is_named_and_kept(out: Path) -> None:
     fill(out, {"tokenizer.json": "mine"})
     before = content_of(out, ())
@@ -111,6 +123,7 @@ def test_a_checkpoint_without_a_manifest_is_known_by_its_names(out: Path) -> Non
     [
         ({"notes.txt": "mine"}, "was not written by redepth"),
         ({"config.json": '{"model_type": "llama"}', "model.safetensors": "x"}, "was not written by redepth"),
+        ({"config.json": '{"model_type": "huginn_raven"}'}, "was not written by redepth"),  # as published
         ({"config.json": "no json"}, "was not written by redepth"),
         (OLD | {"healing/before.json": "{}"}, "unfinished healing run"),
     ],
@@ -218,7 +231,8 @@ def test_debris_of_earlier_versions_is_cleared(tmp_path: Path) -> None:
     fill(tmp_path / ".out.old.abcdefgh" / "out", OLD)
     fill(tmp_path / ".out.new.12345678", NEW)
     fill(tmp_path / ".out.notes", {"a": "mine"})
-    recover(out)
+    with CheckpointFolder(out).locked():
+        pass
     assert content_of(out) == OLD
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [".out.notes", "out"]
 
@@ -300,11 +314,3 @@ def test_overwriting_a_conversion_keeps_what_is_not_redepths(zoo, tmp_path: Path
     assert redepth.verify(out, zoo["qwen3"]).passed
     files = json.loads((out / MANIFEST_FILE).read_text())["files"]
     assert {file.name for file in out.iterdir()} == {*files, MANIFEST_FILE, "eval"}
-
-
-def test_whole_folder_serves_both(out: Path, tmp_path: Path) -> None:
-    with whole_folder(out, overwrite=True) as stage:
-        fill(stage, NEW)
-    assert content_of(out) == {name: text for name, text in OLD.items() if name != "model.safetensors"} | NEW
-    with pytest.raises(RedepthError, match="already exists"), whole_folder(out):
-        pass

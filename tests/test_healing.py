@@ -99,7 +99,7 @@ def test_resumed_run_equals_the_unbroken_one(checkpoint: Path, tmp_path: Path, m
     monkeypatch.setattr(HealTrainer, "compute_loss", killed)
     with pytest.raises(KeyboardInterrupt):
         heal(checkpoint, recipe, out=tmp_path / "resumed")
-    assert not (tmp_path / "resumed").exists()
+    assert [entry.name for entry in (tmp_path / "resumed").iterdir()] == ["healing"]
     monkeypatch.setattr(HealTrainer, "compute_loss", broken)
     with pytest.raises(RedepthError, match="another recipe"):
         heal(checkpoint, HealRecipe(**SHORT | {"learning_rate": 1e-4}), out=tmp_path / "resumed")

@@ -314,7 +314,7 @@ def test_fsdp2_follows_one_process_and_resumes(tmp_path: Path) -> None:
     """Sharded weights, optimiser and checkpoints; killed on the way."""
     fresh = tmp_path / "fresh"
     create(preset_config("nano", vocab_size=128), fresh, byte_tokenizer(), torch.float32)
-    recipe = mixture(tmp_path, **RUN)
+    recipe = mixture(tmp_path)
     file = write_recipe(recipe, tmp_path / "recipe.json")
     heal(fresh, recipe, out=tmp_path / "one")
     processes = start_two(fresh, file, module="tests.fsdp_on_cpu", **FSDP)
@@ -330,3 +330,52 @@ def test_fsdp2_follows_one_process_and_resumes(tmp_path: Path) -> None:
     assert_same_losses(fresh, tmp_path / "one")
     after = [json.loads((folder / "healing.json").read_text())["loss_after"] for folder in (fresh, tmp_path / "one")]
     assert after[0] == pytest.approx(after[1], abs=5e-3)
+
+
+@pytest.mark.slow
+def test_lora_is_merged_under_fsdp2_too(tmp_path: Path) -> None:
+    """It used to fail after the last step, when the shards are put together."""
+    fresh = tmp_path / "fresh"
+    create(preset_config("nano", vocab_size=128), fresh, byte_tokenizer(), torch.float32)
+    changes = {"train": "lora", "lora_rank": 2, "max_steps": 3, "save_every": 2}
+    recipe = HealRecipe(**mixture(tmp_path).model_dump(exclude_unset=True) | changes)
+    file = write_recipe(recipe, tmp_path / "recipe.json")
+    heal(fresh, recipe, out=tmp_path / "one")
+    for process in start_two(fresh, file, module="tests.fsdp_on_cpu", **FSDP):
+        code, _, err = finish(process)
+        assert code == 0, err
+    assert_same_losses(fresh, tmp_path / "one")
+    first, second = (redepth.load(folder).state_dict() for folder in (fresh, tmp_path / "one"))
+    assert first.keys() == second.keys()
+    after = [json.loads((folder / "healing.json").read_text())["loss_after"] for folder in (fresh, tmp_path / "one")]
+    assert after[0] == pytest.approx(after[1], abs=5e-3)
+
+
+KILLS, INTERRUPTS = 20, 5
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(unbroken: Path, converted: Path, tmp_path: Path) -> None:
+    """SIGKILL at 20 moments and Ctrl-C at 5, each followed by the same command until it is done."""
+    recipe, moments = unbroken / "recipe.json", random.Random(0)
+    folder = Path(shutil.copytree(converted, tmp_path / "timed"))
+    started = time.monotonic()
+    assert finish(start(folder, recipe))[0] == 0
+    whole = time.monotonic() - started
+    for number in range(KILLS + INTERRUPTS):
+        signal_ = signal.SIGKILL if number < KILLS else signal.SIGINT
+        folder = Path(shutil.copytree(converted, tmp_path / f"run-{number}"))
+        process = start(folder, recipe)
+        try:
+            # The first part of a run is the import of libraries, where there is nothing to lose.
+            process.wait(whole * moments.uniform(0.3, 1.0))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal_)
+        code = finish(process)[0]
+        assert code in (0, -signal_, 130, 1), f"moment {number} ended with {code}"
+        if (folder / "healing").exists() or not (folder / "healing.json").exists():
+            code, _, err = finish(start(folder, recipe))
+            assert code == 0, f"moment {number}: {err}"
+            assert not (folder / "healing").exists() and not (folder / ".redepth").exists()
+        assert_same_curve(folder, unbroken / "out")
+        shutil.rmtree(folder)

@@ -324,6 +324,12 @@ def test_preflight_says_what_the_run_will_be(checkpoint: Path) -> None:
     assert not (checkpoint / "healing").exists()
 
 
+def test_long_runs_are_sampled() -> None:
+    short = depths_of_run(HealRecipe(max_steps=7))
+    assert short == [depth_of_step(HealRecipe(max_steps=7), step, step / 7) for step in range(7)]
+    assert len(depths_of_run(HealRecipe(max_steps=10**9, depth_sampling="fixed"))) == 20_000
+
+
 def test_emulated_bf16_is_no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Older GPUs only emulate it, slower than fp32 and with less precision."""
     monkeypatch.setattr("redepth.runtime.choose_device", torch.device)

@@ -16,6 +16,7 @@ from redepth.checkpoint.load import load_tokenizer
 from redepth.checkpoint.republish import republish
 from redepth.checkpoint.sources import open_source, recorded_source
 from redepth.errors import RedepthError
+from redepth.evaluation.calibrate import calibrate
 from redepth.evaluation.held_out import evaluate_held_out
 from redepth.healing.heal import heal
 from redepth.healing.recipe import HealRecipe
@@ -29,7 +30,7 @@ VERBS: dict[str, Callable[[Path], object]] = {
     "load": redepth.load,
     "verify": redepth.verify,
     "heal": lambda folder: heal(folder, HealRecipe(**SHORT)),
-    "calibrate": lambda folder: redepth.calibrate(folder, random_ids(1, 9), "letters", 2),
+    "calibrate": lambda folder: calibrate(folder, random_ids(1, 9), "letters", 2),
     "evaluate": lambda folder: evaluate_held_out(folder, random_ids(1, 9), "letters", (1,)),
 }
 DAMAGES: dict[str, tuple[Callable[[dict], object], str]] = {
@@ -103,6 +104,15 @@ def test_an_index_does_not_lead_out_of_its_folder(checkpoint: Path, index: objec
     for read in (redepth.load, lambda folder: open_source(folder).tensor_names()):
         with pytest.raises(RedepthError, match=message):
             read(checkpoint)
+
+
+def test_what_is_written_into_is_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RedepthError, match="'org/tiny' is no local folder.*redepth convert org/tiny tiny"):
+        VERBS["calibrate"](Path("org/tiny"))
+    with pytest.raises(RedepthError, match="does not exist"):
+        VERBS["calibrate"](tmp_path / "nowhere")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_transformers_takes_is_passed_on(checkpoint: Path) -> None:

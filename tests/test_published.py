@@ -23,7 +23,7 @@ from tests.tolerance import tolerance
 from tests.zoo import VOCABULARY, make_model, random_ids
 
 PRELUDE, CORE, CODA = (0, 1), (2, 3), (4, 5)
-RETROFITS = {"llama": "llama", "llama-untied": "llama", "olmo2": "olmo2"}
+RETROFITS = ("gemma2", "llama", "llama-untied", "olmo2")
 
 
 def published_config(config: Any, **changes: Any) -> dict[str, Any]:
@@ -64,8 +64,11 @@ def published_tensors(model: Any, adapter: torch.Tensor) -> dict[str, torch.Tens
         "lm_head.weight": source["lm_head.weight"],
         "freqs_cis": torch.randn(1, 64, 1, 4, 2),
     }
-    post = "model.layers.0.post_feedforward_layernorm.weight" in source
+    sandwich = "model.layers.0.pre_feedforward_layernorm.weight" in source
+    post = not sandwich and "model.layers.0.post_feedforward_layernorm.weight" in source
     norms = ("post_attention", "post_feedforward") if post else ("input", "post_attention")
+    if sandwich:
+        norms = ("input", "post_attention", "pre_feedforward", "post_feedforward")
     for group, layers in (("prelude", PRELUDE), ("core_block", CORE), ("coda", CODA)):
         for position, layer in enumerate(layers):
             of = {
@@ -74,8 +77,7 @@ def published_tensors(model: Any, adapter: torch.Tensor) -> dict[str, torch.Tens
                 if name.startswith(f"model.layers.{layer}.")
             }
             block = {
-                "norm_1": of[f"{norms[0]}_layernorm.weight"],
-                "norm_2": of[f"{norms[1]}_layernorm.weight"],
+                **{f"norm_{place}": of[f"{name}_layernorm.weight"] for place, name in enumerate(norms, 1)},
                 "attn.Wqkv": torch.cat([of[f"self_attn.{part}_proj.weight"] for part in "qkv"]),
                 "attn.proj": of["self_attn.o_proj.weight"],
                 "mlp.fc": torch.cat([of["mlp.gate_proj.weight"], of["mlp.up_proj.weight"]]),
@@ -107,18 +109,35 @@ def write_published(folder: Path, tensors: dict[str, torch.Tensor], config: dict
 @pytest.fixture(params=sorted(RETROFITS))
 def retrofit(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, torch.Tensor, Path]:
     """A transformers model, an adapter, and the checkpoint that a retrofit of the two would be."""
-    model = make_model(request.param)
+    return make_retrofit(request.param, tmp_path / "published")
+
+
+def make_retrofit(name: str, folder: Path, **changes: Any) -> tuple[Any, torch.Tensor, Path]:
+    # A published Gemma 2 leaves its caps and windows to the family.
+    family = {"attn_logit_softcapping": 50.0, "sliding_window": 128} if name == "gemma2" else {}
+    model = make_model(name, **family)
     width = model.config.hidden_size
     adapter = torch.randn(width, 2 * width) / (2 * width) ** 0.5
-    folder = write_published(tmp_path / "published", published_tensors(model, adapter), published_config(model.config))
+    if name == "gemma2":
+        changes = {"query_pre_attn_scalar": model.config.query_pre_attn_scalar} | changes
+    folder = write_published(folder, published_tensors(model, adapter), published_config(model.config, **changes))
     return model, adapter, folder
 
 
+@pytest.fixture(autouse=True)
+def _random_weights_know_no_english(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "chance" not in request.node.name:
+        monkeypatch.setattr("redepth.checkpoint.load.check_inferred", lambda name, model: None)
+
+
 @torch.no_grad()
-def oracle(model: Any, adapter: torch.Tensor, ids: torch.Tensor, state: torch.Tensor, num_steps: int) -> torch.Tensor:
+def oracle(
+    model: Any, adapter: torch.Tensor, ids: torch.Tensor, state: torch.Tensor | str, num_steps: int
+) -> torch.Tensor:
     """Prelude, adapter, the core layers num_steps times and coda, from transformers' own decoder layers."""
     tokens = ids.shape[1]
     positions = torch.arange(tokens)[None]
+    # Gemma 2's embedding brings its scale along.
     hidden = model.model.embed_tokens(ids)
     rotary = model.model.rotary_emb(hidden, positions)
     mask = torch.full((tokens, tokens), float("-inf")).triu(1)[None, None]
@@ -129,9 +148,15 @@ def oracle(model: Any, adapter: torch.Tensor, ids: torch.Tensor, state: torch.Te
         return x
 
     embedded = run(PRELUDE, hidden)
-    for _ in range(num_steps):
+    first = 0
+    if isinstance(state, str):
+        # The published words for a start from e; `skip-adapter` also runs its first step on e itself.
+        first, state = (1, run(CORE, embedded)) if state == "skip-adapter" else (0, embedded)
+    for _ in range(first, num_steps):
         state = run(CORE, torch.cat([state, embedded], dim=-1) @ adapter.T)
-    return model.lm_head(model.model.norm(run(CODA, state)))
+    logits = model.lm_head(model.model.norm(run(CODA, state)))
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 @pytest.mark.parametrize("num_steps", [1, 4])
@@ -152,7 +177,7 @@ def test_retrofits_start_from_their_noise(retrofit) -> None:
     model = redepth.load(folder)
     state = model.initialize_state(torch.zeros(4, 60, model.config.n_embd))
     assert abs(state.std().item() / (0.9866 * RETROFIT_STATE_STD) - 1) < 0.05
-    assert model.config.embed_scale == 1
+    assert model.config.embed_scale == (24**0.5 if model.config.norm_placement == "sandwich" else 1)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"init_values": {"std": 0.5}}))
     state = redepth.load(folder).initialize_state(torch.zeros(4, 60, model.config.n_embd))
@@ -185,6 +210,78 @@ def test_huginn_uploads_of_every_shape(huginn) -> None:
     for dtype in ("auto", "float32"):
         error = logits_of(folder, dtype=dtype).float() - wanted
         assert error.std() < 0.05 * wanted.std()
+
+
+@pytest.mark.parametrize("mode", ["embed-init", "skip-adapter"])
+def test_published_starts_from_e(tmp_path: Path, mode: str) -> None:
+    """In forward, cached, one token at a time, by the step calls, in drafts and in the wavefront."""
+    source, adapter, folder = make_retrofit("llama", tmp_path / "published", initial_state_mode=mode)
+    model, ids = redepth.load(folder), random_ids(2, 7)
+    for num_steps in (1, 2, 4):
+        wanted = oracle(source, adapter, ids, mode, num_steps)
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids, num_steps=num_steps).logits, wanted, atol=2e-5, rtol=1e-4)
+            cache, rows = None, []
+            for token in ids.split(1, dim=1):
+                output = model(token, num_steps=num_steps, past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                rows.append(output.logits)
+            torch.testing.assert_close(torch.cat(rows, dim=1), wanted, atol=2e-5, rtol=1e-4)
+            *_, state = model.states_by_step(ids, num_steps)
+            torch.testing.assert_close(model.predict_from_latents(state).logits, wanted, atol=2e-5, rtol=1e-4)
+    options = {"num_steps": 4, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    plain = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, **options, draft_steps=2, draft_tokens=3), plain)
+    settled = {"criterion": "latent-diff", "exit_threshold": 1e-30}
+    assert torch.equal(model.generate(ids, **options, **settled), plain)
+    ring = model.generate(ids, **options, cache_rule="ring-1")
+    slow = {"sampler": "wavefront", "exit_threshold": 1e-30, "inner_steps": 4, "max_wavefront": 1}
+    assert torch.equal(model.generate(ids, **options, **slow), ring)
+
+
+def test_random_is_a_noise_state(tmp_path: Path) -> None:
+    _, _, folder = make_retrofit("llama", tmp_path / "published", initial_state_mode="random", test_time_noise=0)
+    model = redepth.load(folder)
+    assert model.config.initial_state_mode == "noise"
+    assert model.initialize_state(torch.zeros(1, 9, model.config.n_embd)).std() > 0
+
+
+def test_a_carried_state_goes_through_the_adapter(tmp_path: Path) -> None:
+    """Under `skip-adapter` only s_0 = e leaves the adapter out; a state that the caller gives does not."""
+    source, adapter, folder = make_retrofit("llama", tmp_path / "published", initial_state_mode="skip-adapter")
+    model, ids = redepth.load(folder), random_ids(1, 5)
+    state = torch.randn(1, 5, model.config.n_embd)
+    with torch.no_grad():
+        got = model(ids, num_steps=2, input_states=state).logits
+    torch.testing.assert_close(got, oracle(source, adapter, ids, state, 2), atol=2e-5, rtol=1e-4)
+
+
+def test_what_was_inferred_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _, _, folder = make_retrofit("gemma2", tmp_path / "published", sliding_window=16)
+    model = redepth.load(folder)
+    assert model.config.norm_placement == "sandwich"
+    assert model.config.embed_scale == model.config.n_embd**0.5
+    assert "taken for a retrofitted gemma2" in caplog.text
+    assert "final_logit_softcapping=30.0" in caplog.text
+    assert "sliding_window=16 has no layer_types" in caplog.text
+
+
+def test_inferred_blocks_no_better_than_chance_are_refused(tmp_path: Path) -> None:
+    _, _, folder = make_retrofit("gemma2", tmp_path / "published")
+    write_tokenizer(folder)
+    with pytest.raises(RedepthError, match="no better than chance"):
+        redepth.load(folder)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """One that gives a token a character, within the tiny vocabulary."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {chr(code): code - 28 for code in range(32, 127)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=" "))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
 def test_what_fits_no_kind_is_refused_by_name(huginn) -> None:
@@ -322,7 +419,7 @@ def test_republish_refuses_to_lose_a_head(huginn) -> None:
 
 def test_inspect_says_what_it_is(retrofit) -> None:
     report = inspect(retrofit[2], (1, 5))
-    kind = "olmo2" if hasattr(retrofit[0].model.layers[0], "post_feedforward_layernorm") else "llama"
+    kind = retrofit[0].config.model_type
     assert report["kind"] == f"published, retrofitted {kind}"
     model = redepth.load(retrofit[2])
     assert report["parameters"]["total"] == sum(parameter.numel() for parameter in model.parameters())

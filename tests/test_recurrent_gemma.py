@@ -518,6 +518,18 @@ def test_assisted_decoding_equals_plain(draft):
     assert torch.equal(model.generate(ids, **settings, **drafts[draft]), expected)
 
 
+@pytest.mark.parametrize("draft", ["itself", "prompt lookup"])
+def test_assisted_decoding_on_padded_prompts(draft):
+    model, ids = make_model(), make_ids(1, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    ids[0, 7] = 0
+    drafts = {"itself": {"assistant_model": copy.deepcopy(model)}, "prompt lookup": {"prompt_lookup_num_tokens": 3}}
+    for inputs in ({"attention_mask": mask}, {}):
+        settings = {"max_new_tokens": 12, "do_sample": False} | inputs
+        assert torch.equal(model.generate(ids, **settings, **drafts[draft]), model.generate(ids, **settings))
+
+
 # Refusals
 
 

@@ -35,9 +35,20 @@ def mse(model, ids: torch.Tensor, wanted: torch.Tensor, num_steps: int) -> float
     return (model(ids, num_steps=num_steps, use_cache=False).logits - wanted).square().mean().item()
 
 
-@pytest.mark.parametrize(("adapter", "depths"), [("inject", (1, 2, 5)), ("blend:0.25", (1,)), ("blend:1", (1,))])
-def test_full_cover_equals_source_in_the_saved_file(source: Path, tmp_path: Path, adapter: str, depths) -> None:
-    redepth.convert(source, tmp_path / "out", core="2:4", adapter=adapter)
+@pytest.mark.parametrize(
+    ("adapter", "state", "depths"),
+    [
+        ("inject", "embed", (1, 2, 5)),
+        ("blend:0.25", "embed", (1,)),
+        ("blend:1", "embed", (1,)),
+        ("random", "skip-adapter", (1,)),
+        ("inject", "skip-adapter", (1, 2)),
+    ],
+)
+def test_full_cover_equals_source_in_the_saved_file(
+    source: Path, tmp_path: Path, adapter: str, state: str, depths
+) -> None:
+    redepth.convert(source, tmp_path / "out", core="2:4", adapter=adapter, state=state)
     model = redepth.load(tmp_path / "out")
     ids = random_ids(2, 33)
     wanted = logits_of_source(source, ids)
@@ -127,6 +138,15 @@ def test_untie_and_tie(zoo, tmp_path: Path) -> None:
     assert not (tmp_path / "tied").exists()
 
 
+def test_skip_adapter_is_verified_as_it_is(zoo, tmp_path: Path) -> None:
+    redepth.convert(zoo["qwen3"], tmp_path / "out", core="2:4", adapter="random", state="skip-adapter")
+    verification = redepth.verify(tmp_path / "out")
+    assert verification.passed
+    assert verification.checks[-1].verdict == "equal"
+    model, ids = redepth.load(tmp_path / "out"), random_ids(1, 9)
+    assert not torch.allclose(model(ids, num_steps=1).logits, model(ids, num_steps=2).logits, atol=1e-2)
+
+
 @pytest.mark.parametrize("state", ["noise", "zeros"])
 def test_random_start_is_verified_through_the_surgery_alone(zoo, tmp_path: Path, state: str) -> None:
     redepth.convert(zoo["olmo2"], tmp_path / "out", core="2:4", adapter="random", state=state)
@@ -156,10 +176,12 @@ def test_output_folder_is_complete(zoo, tmp_path: Path) -> None:
     redepth.convert(zoo["gemma2"], tmp_path / "out")
     names = {file.name for file in (tmp_path / "out").iterdir()}
     modelling = {
+        "errors.py",
         "blocks.py",
         "cache.py",
         "cache_rules.py",
         "cache_slots.py",
+        "config_checks.py",
         "configuration.py",
         "elementwise.py",
         "exits.py",

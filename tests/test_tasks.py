@@ -1,5 +1,6 @@
 """Tasks: their results against slow references, their splits, their renderings."""
 
+import itertools
 import re
 from dataclasses import dataclass
 
@@ -193,6 +194,13 @@ def test_splits_share_no_problem(name):
     )
 
 
+@pytest.mark.parametrize("name", ["roots", "iterate", "variables"])
+def test_no_step_before_the_last_leaves_a_result_as_it_was(name):
+    for text in open_task(SPECS[name]).texts("train", 60, 4):
+        results = text.answers[0].results
+        assert all(one != other for one, other in itertools.pairwise(results))
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_the_same_arguments_give_the_same_problems(name):
     task = open_task(SPECS[name])
@@ -200,6 +208,17 @@ def test_the_same_arguments_give_the_same_problems(name):
     assert again == task
     assert task.texts("train", 5, 7) == again.texts("train", 5, 7) != task.texts("train", 5, 8)
     assert torch.equal(task.batch("train", 4, 7).ids, again.batch("train", 4, 7).ids)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_carry_from_afar_comes_as_often_as_not(split):
+    task = open_task("task:addition?depth=0-4&places=9")
+    problems = task.problems(split, 2000, 0)
+    digits, alone = task.results(problems, 9)[-1], task.results(problems, 0)[0]
+    for difficulty in range(1, task.range_of(split)[1] + 1):
+        chosen = problems.difficulty == difficulty
+        share = (digits != alone)[chosen].mean()
+        assert abs(share - 0.5) < 4 * 0.5 / chosen.sum() ** 0.5
 
 
 def test_a_narrower_depth_for_a_curriculum():

@@ -139,6 +139,113 @@ def test_plain_trainer_trains_it(model, tmp_path: Path) -> None:
     assert not torch.equal(model.transformer["adapter"].weight, before)
 
 
+def test_the_base_model_is_the_model_without_its_head(model) -> None:
+    ids = random_ids(2, 6)
+    with torch.no_grad():
+        output, wanted = model.base_model(ids, num_steps=3), model(ids, num_steps=3)
+    torch.testing.assert_close(model.logits(output.last_hidden_state), wanted.logits)
+    torch.testing.assert_close(output.latent_states, wanted.latent_states)
+    assert model.base_model(ids, num_steps=2, return_dict=False)[0].shape == (2, 6, model.config.n_embd)
+    with torch.no_grad(), pytest.raises(ValueError, match="reads logits, which need a head"):
+        model.base_model(ids, num_steps=2, criterion="kl")
+    assert model.base_model(ids, num_steps=2, policy=None).past_key_values.get_seq_length() == 6
+
+
+def test_the_base_model_alone(model, tmp_path: Path) -> None:
+    """transformers' AutoModel reads it out of a language model's folder."""
+    model.save_pretrained(tmp_path)
+    stack, ids = redepth.modeling.RecurrentStack.from_pretrained(tmp_path).eval(), random_ids(1, 5)
+    with torch.no_grad():
+        wanted = model.base_model(ids, num_steps=3).last_hidden_state
+        assert torch.equal(stack(ids, num_steps=3).last_hidden_state, wanted)
+
+
+def test_a_classifier_of_sequences(model, tmp_path: Path) -> None:
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    model.save_pretrained(tmp_path)
+    assert isinstance(AutoModel.from_pretrained(tmp_path), redepth.modeling.RecurrentStack)
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3).eval()
+    classifier.config.pad_token_id = 0
+    ids = random_ids(2, 6)
+    padded = torch.nn.functional.pad(ids, (0, 2))
+    mask = (padded != 0).long()
+    output = classifier(padded, attention_mask=mask, labels=torch.tensor([0, 2]), num_steps=3)
+    output.loss.backward()
+    assert classifier.transformer.adapter.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        last = model.base_model(ids, num_steps=3).last_hidden_state[:, -1]
+        torch.testing.assert_close(output.logits, classifier.score(last), atol=2e-5, rtol=1e-4)
+
+
+def test_attention_maps_are_refused_alike(model) -> None:
+    told = copy.deepcopy(model)
+    told.config._attn_implementation = "eager"
+    told.config.output_attentions = True
+    for one, keywords in ((model, {"output_attentions": True}), (told, {})):
+        with pytest.raises(ValueError, match="one attention map for each step"):
+            one(random_ids(1, 3), num_steps=1, **keywords)
+
+
+def test_cache_layers_show_what_is_written(model) -> None:
+    """Storage doubles, but nothing that was never written is seen."""
+    cache = redepth.RecurrentDepthCache(model.config, "full")
+    with torch.no_grad():
+        for ids in random_ids(2, 7).split([4, 1, 1, 1], dim=1):
+            model(ids, num_steps=2, past_key_values=cache)
+    assert len(cache.layers) == 2 + 2 * 2 + 1
+    for layer in cache.layers:
+        assert layer.keys.shape[2] == layer.values.shape[2] == layer.get_seq_length() == 7
+    assert cache.memory_bytes() > sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def test_config_overrides_are_checked(model, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    load = redepth.RecurrentDepthForCausalLM.from_pretrained
+    assert load(tmp_path, cache_rule="latest", num_steps=2).config.default_num_steps == 2
+    assert load(tmp_path, initial_state_mode="random").config.initial_state_mode == "noise"
+    for override, message in (
+        ({"cache_rule": "latests"}, "did you mean 'latest'"),
+        ({"num_steps": 0}, "num_steps is 0"),
+        ({"num_steps": "8"}, "num_steps is '8'"),
+        ({"initial_state_mode": "fog"}, "'fog'"),
+        ({"state_std": -1.0}, "state_std is -1.0"),
+        ({"norm_placement": "before"}, "must be one of pre, post"),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            load(tmp_path, **override)
+        assert "\n" not in str(caught.value)
+
+
+BAD_VALUES = [None, "x", [], {}, 0, -1, 1.5, float("nan"), True]
+
+
+def test_no_field_of_a_config_takes_what_no_model_can_have() -> None:
+    """Every field with every bad value: fine, or one line that names the field."""
+    small = {"n_embd": 16, "n_heads": 4, "intermediate_size": 16, "vocab_size": 32, "n_layers_in_prelude": 1}
+    small |= {"n_layers_in_recurrent_block": 1, "n_layers_in_coda": 1}
+    fields = [*small, "num_key_value_heads", "head_dim", "mean_recurrence", "mean_backprop_depth", "block_size"]
+    fields += ["norm_placement", "norm_weight", "norm_eps", "activation", "qk_norm", "qkv_bias", "qk_bias", "rope_base"]
+    fields += ["rope_parameters", "rope_style", "rope_layers", "layer_types", "sliding_window", "conv1d_width"]
+    fields += ["query_scale", "attn_logit_softcapping", "norm_before_coda", "initial_state_mode", "state_std"]
+    fields += ["state_seed", "cache_rule", "num_steps", "max_num_steps", "depth_profile", "init_values"]
+    for field in fields:
+        refused = 0
+        for value in BAD_VALUES:
+            refusal = None
+            try:
+                config = redepth.RecurrentDepthConfig(**small | {field: value})
+            except ValueError as error:
+                refusal = str(error)
+            if refusal is not None:
+                refused += 1
+                assert "\n" not in refusal, field
+                continue
+            with torch.device("meta"):
+                redepth.RecurrentDepthForCausalLM(config)
+        assert refused >= 3, field
+
+
 @pytest.mark.slow
 def test_torch_compile(model) -> None:
     compiled = torch.compile(model, fullgraph=False)

@@ -1,4 +1,8 @@
-"""The one exception that redepth raises for a user's mistake or a broken input."""
+"""The one exception that redepth raises for a user's mistake or a broken input, and what else counts as one."""
+
+import sys
+
+from safetensors import SafetensorError
 
 
 class RedepthError(ValueError):
@@ -19,3 +23,15 @@ def first_line(error: BaseException) -> str:
 def one_line(error: BaseException) -> str:
     """Another library's message, all of it, in redepth's one line."""
     return " ".join(str(error).split())
+
+
+def is_mistake(error: BaseException) -> bool:
+    """Whether an exception is the user's, the input's or the machine's, and not a bug of redepth's.
+
+    A missing file, a full disk, memory that is used up and damaged weights are reported in the words of whoever noticed.
+    """
+    modelling = sys.modules.get("redepth.modeling.errors")  # not imported for a command that runs no model
+    mistakes: tuple[type[BaseException], ...] = (RedepthError, OSError, SafetensorError, MemoryError)
+    if modelling is not None:
+        mistakes += (modelling.UserError,)
+    return isinstance(error, mistakes) or "out of memory" in str(error) or "can't allocate memory" in str(error)

@@ -1,6 +1,7 @@
 """What the machine offers: dtypes, bf16 products, memory."""
 
 import ctypes
+import importlib.util
 import platform
 
 import torch
@@ -62,3 +63,13 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
+
+
+def require(package: str, extra: str) -> None:
+    """Ask at the start for what only some calls need.
+
+    Raises:
+        RedepthError: where the package is not installed, with what to install.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise RedepthError(f"this needs the package {package}; run: pip install 'redepth[{extra}]'")

@@ -1,1 +1,1 @@
-"""What a recurrent model is made of and what its depth costs."""
+"""What a recurrent model does inside: recorded, patched and pictured by layer and step."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -52,11 +53,13 @@ def largest_stretch(
     generator = torch.Generator().manual_seed(seed)
     direction = torch.randn(state.shape, generator=generator, dtype=torch.float32).to(state.device, state.dtype)
     direction = direction / direction.norm()
-    _, pull_back = torch.func.vjp(step, state)
+    pulled: Any = torch.func.vjp(step, state)
+    pull_back = pulled[1]
     largest, done = 0.0, 0
     for done in range(1, iterations + 1):
-        _, pushed = torch.func.jvp(step, (state,), (direction,))
-        before, largest = largest, float(pushed.norm())
+        both: Any = torch.func.jvp(step, (state,), (direction,))
+        pushed = both[1]
+        before, largest = largest, float(pushed.detach().norm())
         if abs(largest - before) <= tolerance * largest:
             return Stretch(largest, done, True)
         (direction,) = pull_back(pushed)

@@ -232,6 +232,7 @@ def runs_from_starts(model: RecurrentDepthForCausalLM, row: torch.Tensor, num_st
     stack = model.transformer
     x = stack.embed(row)
     context = stack.context(x)
+    context.continued = True  # none of these is the model's own s_0
     embedded = stack.run_prelude(x, context)
     size = embedded.float().pow(2).mean(-1, keepdim=True).sqrt()
     starts = [torch.zeros_like(embedded), embedded]

@@ -1,4 +1,4 @@
-"""Pictures of what depth buys and of what the state does, each a function of arrays that gives a matplotlib figure.
+"""Pictures of what the state does, each a function of arrays that gives a matplotlib figure.
 
 matplotlib is loaded when the first picture is drawn. Colours are told apart by readers with colour-blindness: viridis for
 amounts, Okabe and Ito's palette for kinds. Text and axes have the one colour `INK`, so that a page can recolour them.
@@ -27,7 +27,7 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 # A token's label is cut to so many letters, and a picture shows so many tokens.
 LABEL_LETTERS = 12
 MOST_TOKENS = 48
-STYLE = {
+STYLE: Any = {
     "font.size": 9.5,
     "font.family": "sans-serif",
     "text.color": INK,
@@ -97,11 +97,13 @@ def inline_svg(figure: Any, label: str) -> str:
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     markup = buffer.getvalue()
     markup = markup[markup.index("<svg") :].replace(INK, "currentColor")
-    # Matplotlib's names are unique in a figure alone; a page has several.
+    # Matplotlib's names are unique in a figure alone, and equal images share one; a page has several figures.
+    markup = re.sub(r'(<image [^>]*?) id="[^"]*"', r"\1", markup)
     own = re.sub(r"\W+", "-", label)
     markup = re.sub(r'\bid="', f'id="{own}-', markup)
     markup = re.sub(r'(href="#|url\(#)', rf"\g<1>{own}-", markup)
-    attributes = f'<svg role="img" aria-label="{label}" '
+    width = 96 * figure.get_size_inches()[0]
+    attributes = f'<svg role="img" aria-label="{label}" style="width:{width:.0f}px" '
     return re.sub(r'(<svg [^>]*?)width="[^"]*" height="[^"]*"', r"\1", attributes + markup[len("<svg ") :], count=1)
 
 
@@ -264,6 +266,7 @@ def plot_by_step(curves: dict[str, dict[str, Any]], first_step: int = 1) -> Any:
             )
         axes.set_title(title)
         axes.set_xlabel("num_steps")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.2)
     if len(lines) > 1:
         handles, labels = grid[0, 0].get_legend_handles_labels()
@@ -283,6 +286,7 @@ def plot_exits(exits: dict[str, Any], num_steps: int) -> Any:
     rows = -(-len(names) // columns)
     figure, grid = _figure(3.0 * columns, 1.9 * rows + 0.3, rows, columns, squeeze=False, sharex=True, sharey=True)
     edges = np.arange(0.5, num_steps + 1)
+    grid[0, 0].xaxis.get_major_locator().set_params(integer=True)
     for place, axes in enumerate(grid.flat):
         if place >= len(names):
             axes.set_visible(False)
@@ -332,39 +336,10 @@ def plot_spread(spread: Any, names: Sequence[str]) -> Any:
         axes.fill_between(steps, low, high, color=PALETTE[place], alpha=0.2, linewidth=0)
         axes.plot(steps, middle, ("-", "--")[place % 2], color=PALETTE[place], label=name, linewidth=1.8)
     axes.set_xlabel("step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("log10 spread / length")
     axes.set_title("runs from different initial states (median, 10–90 % of tokens)")
     axes.grid(alpha=0.2)
     if len(names) > 1:
         axes.legend(labelcolor=INK)
     return figure
-
-
-@in_style
-def plot_loss_by_depth(losses: dict[str, dict[str, dict[int, float]]], file: str | Path, title: str) -> None:
-    """Draw held-out loss over the number of steps, before and after healing, as a PNG.
-
-    Args:
-        losses: for each plan's label, `before` and `after`, each loss in nats per token by number of steps.
-    """
-    figure, axes = _figure(7, 4.2)
-    for index, (label, curves) in enumerate(losses.items()):
-        for when, style in (("before", ":"), ("after", "-")):
-            depths = list(curves[when])
-            axes.plot(
-                depths,
-                list(curves[when].values()),
-                style,
-                marker="o",
-                color=PALETTE[index % len(PALETTE)],
-                label=f"{label}, {when}",
-            )
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(depths, [str(depth) for depth in depths])
-    axes.minorticks_off()
-    axes.set_xlabel("num_steps (passes through the core)")
-    axes.set_ylabel("held-out loss, nats per token")
-    axes.set_title(title, loc="left", fontsize="medium")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    figure.savefig(file, facecolor="white")

@@ -149,8 +149,7 @@ class Record(Watcher):
         if part == STATE and step > 0 and self.wants(LOGITS, None, step):
             # A context without watchers, so that the coda's layers are not recorded at every step.
             unseen = replace(context, watchers=())
-            logits = self.model.logits(self.model.transformer.run_coda(value, unseen)[1])
-            self._keep(Key(LOGITS, None, step), logits.detach(), context)
+            self._keep(Key(LOGITS, None, step), self.model.read_logits(value, unseen).detach(), context)
         return value
 
     def _note_depth(self, step: int, context: PassContext) -> None:

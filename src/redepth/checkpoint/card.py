@@ -1,5 +1,6 @@
 """The model card of a recurrent checkpoint, in the hub's format, made from the records in its folder."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from .folder import (
     read_json,
     read_recipe,
 )
+
+# What the card says of a healing recipe; recipe.yaml has all of it.
+RECIPE_KEYS = ("max_steps", "batch_size", "sequence_length", "optimizer", "learning_rate", "mean_recurrence", "train")
 
 USAGE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -62,20 +66,28 @@ def _verification_section(verification: dict[str, Any] | None) -> str:
     )
 
 
-def _healing_section(healing: dict[str, Any] | None) -> str:
+def _healing_section(healing: dict[str, Any] | None, recipes: list[dict[str, Any]]) -> str:
+    """Every run by itself, in order: text and recipe, losses, licences."""
     if healing is None:
         return "Not healed: the weights are the source's, only rearranged."
-    depths = list(healing["loss_after"])
-    rows = [
-        [label, *(f"{losses[depth]:.3f}" for depth in depths)]
-        for label, losses in (("before", healing["loss_before"]), ("after", healing["loss_after"]))
-    ]
-    return (
-        f"Healed on {healing['tokens']:,} tokens of {healing['data']}. Held-out loss (nats per token) by number of steps "
-        "r:\n\n"
-        + _table(["", *(f"r = {depth}" for depth in depths)], rows)
-        + _text_licences(healing.get("sources", []))
-    )
+    runs = [*healing.get("earlier", []), healing]
+    parts = []
+    for number, run in enumerate(runs, 1):
+        depths = list(run["loss_after"])
+        rows = [
+            [label, *(f"{losses[depth]:.3f}" for depth in depths)]
+            for label, losses in (("before", run["loss_before"]), ("after", run["loss_after"]))
+        ]
+        began = f"Run {number} of {len(runs)}: healed" if len(runs) > 1 else "Healed"
+        settings = recipes[number - 1] if len(recipes) == len(runs) else {}
+        told = ", ".join(f"{key} {settings[key]}" for key in RECIPE_KEYS if key in settings)
+        parts.append(
+            f"{began} on {run['tokens']:,} tokens of {run['data']}{f' ({told})' if told else ''}. Held-out loss (nats per "
+            "token) by number of steps r:\n\n"
+            + _table(["", *(f"r = {depth}" for depth in depths)], rows)
+            + _text_licences(run.get("sources", []))
+        )
+    return "\n\n".join(parts)
 
 
 def _depth_section(profile: dict[str, Any] | None) -> str:
@@ -115,7 +127,7 @@ def _text_licences(sources: list[dict[str, Any]]) -> str:
     return "\n\n" + _table(["training text", "licence"], list(rows.values())) if rows else ""
 
 
-def write_card(folder: Path, name: str | None = None, base: Path | None = None) -> None:
+def write_card(folder: Path, name: str | None = None, base: Path | None = None, outdated: Iterable[str] = ()) -> None:
     """Write README.md from the folder's config, recipe, verification, healing and evaluation records.
 
     The card of a checkpoint that redepth did not convert is its owner's and stays as it is.
@@ -123,10 +135,12 @@ def write_card(folder: Path, name: str | None = None, base: Path | None = None) 
     Args:
         name: what the folder will be called, where it is not called so yet.
         base: the checkpoint that `folder` holds new files for; what `folder` lacks is read there.
+        outdated: names of records in `base` that hold no longer.
     """
 
     def holder(file: str) -> Path:
-        return base if base is not None and not (folder / file).exists() else folder
+        lacks = not (folder / file).exists() and file not in outdated
+        return base if base is not None and lacks else folder
 
     def record(file: str) -> Any | None:
         return read_json(holder(file) / file)
@@ -134,7 +148,8 @@ def write_card(folder: Path, name: str | None = None, base: Path | None = None) 
     recipe = read_recipe(holder(RECIPE_FILE))
     if "convert" not in recipe:
         return
-    origin = recipe["source"]
+    origin = {"base_model": None, "license": None} | recipe.get("source", {})
+    heal = recipe.get("heal", [])
     config = AutoConfig.from_pretrained(holder(CONFIG_FILE), trust_remote_code=False)
     base_model = origin["base_model"] or Path(recipe["convert"]["source"]).name
     data = ModelCardData(
@@ -151,7 +166,7 @@ def write_card(folder: Path, name: str | None = None, base: Path | None = None) 
         USAGE.format(name=name or (base or folder).resolve().name, num_steps=config.default_num_steps),
         "## Plan\n\n" + _plan_section(recipe["convert"], base_model),
         "## Verification\n\n" + _verification_section(record(VERIFICATION_FILE)),
-        "## Healing\n\n" + _healing_section(record(HEALING_FILE)),
+        "## Healing\n\n" + _healing_section(record(HEALING_FILE), heal if isinstance(heal, list) else [heal]),
         "## Depth\n\n" + _depth_section(config.depth_profile),
         f"## Licence\n\nThe source's: {licence}.",
     ]

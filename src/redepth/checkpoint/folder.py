@@ -29,10 +29,17 @@ MANIFEST_FILE = ".redepth.json"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+DEFAULT_SHARD_SIZE = "1GB"
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 RECURRENT_MODEL_TYPE = "huginn_raven"
 # What is put into place waits in STAGE; JOURNAL says that it is complete, and what has to go when it takes its place.
 STAGE, JOURNAL = "new", "commit.json"
+# What recipe.yaml says of a conversion, and how. Keys that some conversions alone have are not among them.
+CONVERT_KEYS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("source", "prelude", "core", "coda", "adapter", "state", "dtype"), (str,)),
+    "tie": (bool,),
+    "seed": (int,),
+}
 RECORD_FILES = {RECIPE_FILE, VERIFICATION_FILE, HEALING_FILE, HEALING_LOG_FILE, EVALUATION_FILE}
 # What redepth wrote before there was a manifest, besides records, weights and modelling files.
 KNOWN_FILES = {
@@ -140,10 +147,13 @@ class CheckpointFolder:
             )
 
     def is_ours(self) -> bool:
-        """Whether redepth wrote this folder, or a checkpoint in it is one of redepth's kind."""
+        """Whether redepth wrote this folder: by its manifest, or by a switch that no published config.json has."""
+        return (self.path / MANIFEST_FILE).exists() or "norm_placement" in self._recurrent_config()
+
+    def _recurrent_config(self) -> dict[str, Any]:
+        """What config.json holds, if it is a recurrent checkpoint's."""
         config = _read_quietly(self.path / CONFIG_FILE)
-        kind = config.get("model_type") if isinstance(config, dict) else None
-        return (self.path / MANIFEST_FILE).exists() or kind == RECURRENT_MODEL_TYPE
+        return config if isinstance(config, dict) and config.get("model_type") == RECURRENT_MODEL_TYPE else {}
 
     def owned(self) -> set[str]:
         """Names of the files that redepth may replace or remove, relative to the folder, with `/` between parts.
@@ -155,7 +165,7 @@ class CheckpointFolder:
         names = set(self.weights()) | RECORD_FILES
         if isinstance(manifest, dict) and isinstance(manifest.get("files"), list):
             names |= {str(name) for name in manifest["files"]} | {MANIFEST_FILE}
-        elif self.is_ours():
+        elif self._recurrent_config():
             names |= KNOWN_FILES | self._modelling_files()
             if "convert" in read_recipe(self.path):
                 names.add(CARD_FILE)
@@ -191,17 +201,21 @@ class CheckpointFolder:
                 yield stage
 
     @contextmanager
-    def updating(self) -> Iterator[Path]:
+    def updating(self, outdated: Iterable[str] = ()) -> Iterator[Path]:
         """A folder to write new versions of some files into, which take their place together when the block ends well.
 
         All others stay, but where new weights are written the old ones go.
+
+        Args:
+            outdated: names of records that hold no longer, and go as well.
 
         Raises:
             RedepthError: as `locked`, or where a file is in the way that redepth did not write.
         """
 
         def stale(staged: set[str]) -> set[str]:
-            return set(self.weights()) - staged if any(map(is_weights, staged)) else set()
+            weights = set(self.weights()) if any(map(is_weights, staged)) else set()
+            return (weights | set(outdated)) - staged
 
         with self.locked(), self._staged(stale) as stage:
             yield stage
@@ -261,8 +275,7 @@ class CheckpointFolder:
 
     def _modelling_files(self) -> set[str]:
         """The modules that config.json's `auto_map` names, and those that redepth exports today."""
-        config = _read_quietly(self.path / CONFIG_FILE)
-        auto_map = config.get("auto_map") if isinstance(config, dict) else None
+        auto_map = self._recurrent_config().get("auto_map")
         named = auto_map.values() if isinstance(auto_map, dict) else ()
         exported = {file.name for file in (Path(__file__).parent.parent / "modeling").glob("*.py")} - {"__init__.py"}
         return exported | {f"{value.partition('.')[0]}.py" for value in named if isinstance(value, str)}
@@ -271,20 +284,6 @@ class CheckpointFolder:
 def is_weights(name: str) -> bool:
     """Whether a checkpoint's file of that name holds weights, or says which do."""
     return name in (WEIGHTS_FILE, INDEX_FILE) or SHARD.fullmatch(name) is not None
-
-
-@contextmanager
-def whole_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to write a whole checkpoint into, in place of the files of one that is there already."""
-    folder = CheckpointFolder(out)
-    with folder.updating() if overwrite else folder.replacing() as stage:
-        yield stage
-
-
-def recover(out: Path) -> None:
-    """Clear up after a process that was killed while it wrote `out`."""
-    _recover_renamed(out)
-    CheckpointFolder(out).settle()
 
 
 def _recover_renamed(out: Path) -> None:
@@ -320,15 +319,20 @@ def read_recipe(folder: Path) -> dict[str, Any]:
     """The record of how the checkpoint was made, with sections `convert` and `heal`; empty where there is none.
 
     Raises:
-        RedepthError: for a file that is no YAML table.
+        RedepthError: for a file that is no YAML table, or whose section `convert` is not whole.
     """
     file = folder / RECIPE_FILE
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RedepthError(f"{file} is no readable YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
+    if not isinstance(content, dict) or not all(isinstance(section, dict | list) for section in content.values()):
         raise RedepthError(f"{file} is not the record that redepth writes, a table of sections; restore or remove it")
+    if "convert" in content:
+        for key, kinds in CONVERT_KEYS.items():
+            value = content["convert"].get(key)
+            if not isinstance(value, kinds):
+                raise RedepthError(f"{file}: convert.{key} is {value!r}, not what redepth writes; restore or remove it")
     return content
 
 
@@ -363,3 +367,15 @@ def write_json(file: Path, content: Any) -> None:
 def write_jsonl(file: Path, records: list[dict[str, Any]]) -> None:
     """One record a line."""
     file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+def read_jsonl(file: Path) -> list[dict[str, Any]]:
+    """The records of a file with one a line; none where there is no such file.
+
+    Raises:
+        RedepthError: for a line that is no JSON.
+    """
+    try:
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    except ValueError as error:
+        raise RedepthError(f"{file} is no readable JSON, line by line: {first_line(error)}") from None

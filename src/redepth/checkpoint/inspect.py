@@ -8,6 +8,7 @@ import torch
 from redepth.modeling import RecurrentDepthConfig
 from redepth.modeling.cache_rules import parse_cache_rule
 from redepth.modeling.configuration import LRU_LAYER
+from redepth.modeling.policy import split_num_steps
 
 from .cost import count_parameters
 from .folder import HEALING_FILE, read_json, read_recipe
@@ -67,6 +68,8 @@ def inspect(
     Raises:
         RedepthError: where there is no such checkpoint.
     """
+    for depth in depths:
+        split_num_steps(depth)  # which refuses what is no number of steps
     config, kind = read_config(checkpoint)
     rule = cache_rule if cache_rule is not None else config.cache_rule
     folder = Path(checkpoint)

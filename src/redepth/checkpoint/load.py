@@ -11,11 +11,11 @@ from transformers import AutoTokenizer
 from redepth.errors import RedepthError, first_line, one_line
 from redepth.griffin import RecurrentGemmaForCausalLM
 from redepth.modeling import RecurrentDepthConfig, RecurrentDepthForCausalLM
-from redepth.modeling.published import Kind, complete_config
+from redepth.modeling.published import BUILT_IN_TEXT, Kind, check_better_than_chance, complete_config
 from redepth.runtime import choose_device, parse_dtype
 
 from .checked import load_checked
-from .folder import CheckpointFolder
+from .folder import CONFIG_FILE, CheckpointFolder
 
 MODEL_CLASSES: dict[str, Any] = {
     "huginn_raven": RecurrentDepthForCausalLM,
@@ -64,7 +64,20 @@ def load(
         options["device_map"] = {"": chosen}  # quantised weights are made where they stay
     given = {key: value for key, value in options.items() if value is not None}
     model = load_checked(model_class, name, f"checkpoint {str(name)!r}", dtype, **given)
-    return model if "device_map" in given else model.to(chosen)
+    model = model if "device_map" in given else model.to(chosen)
+    kind = getattr(model, "published_kind", None)
+    if kind is not None and kind.is_inferred:
+        check_inferred(name, model)
+    return model
+
+
+def check_inferred(name: str | Path, model: Any) -> None:
+    """Refuse a published checkpoint whose blocks' switches were inferred, and wrongly."""
+    ids = load_tokenizer(name)(BUILT_IN_TEXT, return_tensors="pt")["input_ids"].to(model.device)
+    try:
+        check_better_than_chance(model, ids)
+    except ValueError as error:
+        raise RedepthError(f"checkpoint {str(name)!r}: {error}") from None
 
 
 def read_config(name: str | Path, revision: str | None = None) -> tuple[RecurrentDepthConfig, Kind | None]:
@@ -82,6 +95,27 @@ def read_config(name: str | Path, revision: str | None = None) -> tuple[Recurren
         raise RedepthError(f"checkpoint {str(name)!r}: {one_line(error)}") from None
 
 
+def local_checkpoint(name: str | Path) -> Path:
+    """The folder of a checkpoint that is to be written into.
+
+    Raises:
+        RedepthError: for a hub id, and for a folder that is not there or holds no checkpoint.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        CheckpointFolder(folder).settle()
+        if (folder / CONFIG_FILE).is_file():
+            return folder
+        raise RedepthError(f"{str(name)!r} has no config.json; give a folder made by redepth convert")
+    text = str(name)
+    if text.count("/") == 1 and not text.startswith((".", "/", "~")):
+        raise RedepthError(
+            f"{text!r} is no local folder, and a hub repository can't be written into; fetch it first: redepth convert "
+            f"{text} {text.partition('/')[2]}"
+        )
+    raise RedepthError(f"checkpoint {text!r} does not exist; make one with redepth convert")
+
+
 def load_tokenizer(name: str | Path, revision: str | None = None) -> Any:
     """The tokenizer beside a checkpoint.
 
@@ -90,7 +124,7 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> Any:
     """
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # tokenizers written in Rust raise nothing more special
         raise RedepthError(f"checkpoint {str(name)!r} has no usable tokenizer: {first_line(error)}") from None
 
 
@@ -107,7 +141,7 @@ def _model_type(name: str | Path, known: tuple[str, ...], revision: str | None =
         values, _ = RecurrentDepthConfig.get_config_dict(folder if folder.exists() else text, revision=revision)
     except (OSError, ValueError) as error:
         raise RedepthError(f"checkpoint {text!r} has no readable configuration: {first_line(error)}") from None
-    model_type = values.get("model_type")
+    model_type = values.get("model_type") if isinstance(values, dict) else None
     if model_type not in known:
         raise RedepthError(
             f"{text!r} is a {model_type!r} checkpoint, not a recurrent one; convert it with redepth convert first"

@@ -11,6 +11,7 @@ from redepth.runtime import parse_dtype
 from .card import write_card
 from .folder import (
     CARD_FILE,
+    DEFAULT_SHARD_SIZE,
     EVALUATION_FILE,
     FAMILY_FILE,
     RECORD_FILES,
@@ -20,7 +21,7 @@ from .folder import (
     write_recipe,
 )
 from .load import read_config
-from .shards import DEFAULT_SHARD_SIZE, EMBEDDING, HEAD, save_definition, write_shards
+from .shards import EMBEDDING, HEAD, save_definition, write_shards
 from .sources import Source, open_source
 
 # Kept as they are: what the checkpoint's owner wrote, and redepth's own records.

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 from redepth.errors import RedepthError
 from redepth.runtime import parse_dtype
 
-from .folder import CheckpointFolder
-from .shards import DEFAULT_SHARD_SIZE, write_shards
+from .folder import DEFAULT_SHARD_SIZE, CheckpointFolder
+from .shards import write_shards
 from .sources import Source, open_source
 
 

@@ -15,7 +15,6 @@ from redepth.modeling import RecurrentDepthConfig, RecurrentDepthForCausalLM
 
 from .folder import INDEX_FILE, WEIGHTS_FILE, read_json, stays_inside
 
-DEFAULT_SHARD_SIZE = "1GB"
 # Tensors that more than one verb has to know by name.
 EMBEDDING = "transformer.wte.weight"
 HEAD = "lm_head.weight"

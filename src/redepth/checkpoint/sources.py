@@ -134,14 +134,15 @@ class Source(ABC):
             return None
         try:
             return AutoTokenizer.from_pretrained(self.folder, **self._load_kwargs)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except Exception as error:  # tokenizers written in Rust raise nothing more special
             log.debug("no tokenizer in %s: %s", self.folder, error)
             return None
 
     def generation_config(self) -> GenerationConfig:
         try:
             return GenerationConfig.from_pretrained(self.folder)
-        except OSError:
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            log.debug("no generation config in %s: %s", self.folder, error)
             return GenerationConfig.from_model_config(self.config)
 
     def reference_model(self) -> Any:

@@ -7,6 +7,8 @@ import typer
 from rich import box
 from rich.table import Table
 
+from redepth import api
+
 from .console import AsJson, Device, Dtype, Quiet, hush_libraries, print_json, progress_bar, results
 
 LAYOUT: dict[str, Any] = {"title_justify": "left", "box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
@@ -26,7 +28,7 @@ def command(
     rows: Annotated[int, typer.Option(help="Rows of text to measure on.")] = 16,
     sequence_length: Annotated[int, typer.Option(help="Tokens in a row.")] = 256,
     dtype: Dtype = "auto",
-    device: Device = "cpu",
+    device: Device = "auto",
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -38,30 +40,17 @@ def command(
     Example: redepth calibrate ./smollm2-recurrent --data python-docs --most-steps 32
     """
     hush_libraries()
-    from redepth.checkpoint.load import load_tokenizer, read_config
-    from redepth.data.rows import held_out_text
-    from redepth.errors import RedepthError
-    from redepth.evaluation.calibrate import calibrate
-
-    if most_steps is not None and most_steps < 2:
-        raise RedepthError(f"--most-steps must be at least 2, got {most_steps}; there is nothing to compare")
-    if rows < 1 or sequence_length < 2:
-        raise RedepthError(f"--rows {rows} and --sequence-length {sequence_length} must be at least 1 and 2")
-    config, _ = read_config(checkpoint)
-    if sequence_length > config.block_size:
-        raise RedepthError(
-            f"--sequence-length {sequence_length} is more than the {config.block_size} this model allows"
-        )
-    tokens = held_out_text(load_tokenizer(checkpoint), data, text_column, sequence_length, rows)
     with progress_bar(quiet) as update:
-        profile = calibrate(
+        profile = api.calibrate(
             checkpoint,
-            tokens,
             data,
-            most_steps,
-            dtype,
-            device,
-            lambda done, of: update("calibrating", done / of, f"{done} of {of} rows"),
+            text_column=text_column,
+            most_steps=most_steps,
+            rows=rows,
+            sequence_length=sequence_length,
+            dtype=dtype,
+            device=device,
+            on_progress=update,
         )
     if as_json:
         print_json(profile)

@@ -1,9 +1,13 @@
 """What the commands share: options, progress, and results for people or machines."""
 
 import json
+import os
+import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +19,14 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print neither progre
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Checkpoint = Annotated[str, typer.Argument(metavar="OUT", help="Folder or hub id of a recurrent checkpoint.")]
 Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")]
+Device = Annotated[str, typer.Option(help="Where to run: auto (a GPU where there is one), cpu, cuda, cuda:1, …")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a source on the hub.")]
+FamilyFile = Annotated[
+    Path | None, typer.Option("--family", help="YAML file for an architecture that redepth has no family for.")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let modelling code that comes with the source run.")
+]
 
 SECONDS_BETWEEN_LINES = 30.0
 
@@ -24,16 +35,23 @@ results = Console()
 
 
 def hush_libraries() -> None:
-    """Keep other libraries' bars and warnings out of redepth's output."""
-    import warnings
-
-    from datasets.utils.logging import disable_progress_bar as disable_datasets_bar
-    from transformers.utils import logging
-
+    """Keep other libraries' bars and warnings out of redepth's output; what is not imported yet stays so."""
     warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    disable_datasets_bar()
+    os.environ |= {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    }
+    # Those that are imported have read their environment already.
+    if "transformers.utils.logging" in sys.modules:
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    if "datasets" in sys.modules:
+        from datasets.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
 
 
 def print_json(content: Any) -> None:

@@ -1,25 +1,36 @@
 """redepth convert"""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from redepth.checkpoint.republish import republish
-from redepth.checkpoint.rewrite import rewrite
-from redepth.checkpoint.shards import DEFAULT_SHARD_SIZE
-from redepth.checkpoint.sources import Source, open_source
+from redepth import api
 from redepth.errors import RedepthError
-from redepth.modeling import RecurrentDepthConfig
-from redepth.surgery.convert import DEFAULT_ADAPTER, DEFAULT_STATE, Conversion, plan_conversion
 
-from .console import AsJson, Quiet, hush_libraries, print_json, progress_bar, remarks, results
+from .console import (
+    AsJson,
+    Device,
+    FamilyFile,
+    Quiet,
+    Revision,
+    TrustRemoteCode,
+    hush_libraries,
+    print_json,
+    progress_bar,
+    remarks,
+    results,
+)
+from .verify import show as show_verification
+
+if TYPE_CHECKING:
+    from redepth.surgery.convert import Conversion
 
 SHOWN_DEPTHS = (1, 4, 8, 16, 32)
 
 
-def summary(conversion: Conversion) -> dict[str, object]:
+def summary(conversion: "Conversion") -> dict[str, object]:
     """What a conversion would make: plan, dropped layers, parameters, and FLOPs per token by depth."""
     count = conversion.parameters()
     return {
@@ -35,7 +46,7 @@ def summary(conversion: Conversion) -> dict[str, object]:
     }
 
 
-def show(conversion: Conversion) -> None:
+def show(conversion: "Conversion") -> None:
     plan, count = conversion.plan, conversion.parameters()
     table = Table("part", "source layers", "parameters", title=f"{conversion.source.name}, {conversion.family.name}")
     for group in ("prelude", "core", "coda"):
@@ -52,34 +63,6 @@ def show(conversion: Conversion) -> None:
     results.print(costs)
 
 
-def _republish(
-    source: Source,
-    out: Path | None,
-    plan: tuple[str | None, ...],
-    dtype: str | None,
-    tie: bool | None,
-    overwrite: bool,
-    max_shard_size: str,
-    dry_run: bool,
-    quiet: bool,
-) -> None:
-    """A source that is recurrent already is written anew, not cut."""
-    if any(part is not None for part in plan) or dry_run:
-        raise RedepthError(f"{source.name} is recurrent already; leave --prelude, --core, --coda and --dry-run out")
-    if out is None:
-        raise RedepthError("OUT is missing; name the folder to write")
-    with progress_bar(quiet) as update:
-        republish(
-            source,
-            out,
-            dtype=dtype,
-            tie=tie,
-            overwrite=overwrite,
-            max_shard_size=max_shard_size,
-            on_tensor=lambda done, total: update("re-save", done / total),
-        )
-
-
 def command(
     source: Annotated[
         str, typer.Argument(help="Hub id, local folder, .gguf or .pt file, smollm2-135m or gemma3-270m.")
@@ -88,16 +71,22 @@ def command(
     prelude: Annotated[str | None, typer.Option(help="Source layers before the core, such as 0:4 or 0:2,3:5.")] = None,
     core: Annotated[str | None, typer.Option(help="Source layers to loop; the middle fifth by default.")] = None,
     coda: Annotated[str | None, typer.Option(help="Source layers after the core.")] = None,
-    adapter: Annotated[str, typer.Option(help="How the adapter starts: inject, blend:α or random.")] = DEFAULT_ADAPTER,
-    state: Annotated[str, typer.Option(help="Initial state: embed, noise or zeros.")] = DEFAULT_STATE,
+    adapter: Annotated[
+        str, typer.Option(help="How the adapter starts: inject, blend:α or random.")
+    ] = api.DEFAULT_ADAPTER,
+    state: Annotated[str, typer.Option(help="Initial state: embed, noise, zeros or skip-adapter.")] = api.DEFAULT_STATE,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the source's by default.")] = None,
     tie: Annotated[
         bool | None, typer.Option("--tie/--untie", help="Tie head and embedding; as in the source by default.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of a random adapter.")] = 0,
     verify: Annotated[bool, typer.Option(help="Compare with the source when done.")] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
-    max_shard_size: Annotated[str, typer.Option(help="Maximum size of a weights file.")] = DEFAULT_SHARD_SIZE,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that redepth wrote.")] = False,
+    revision: Revision = None,
+    family: FamilyFile = None,
+    trust_remote_code: TrustRemoteCode = False,
+    device: Device = "auto",
+    max_shard_size: Annotated[str, typer.Option(help="Maximum size of a weights file.")] = api.DEFAULT_SHARD_SIZE,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and its price; write nothing.")] = False,
     keep_architecture: Annotated[
         bool, typer.Option("--keep-architecture", help="No surgery: write the source itself in transformers' format.")
@@ -109,52 +98,42 @@ def command(
 
     Example: redepth convert smollm2-135m ./smollm2-recurrent --core 12:18
     """
-    hush_libraries()
-    from redepth.surgery.verify import verify as verify_checkpoint
-
-    from .verify import show as show_verification
-
     if out is None and not dry_run:
         raise RedepthError("OUT is missing; name the folder to write, or add --dry-run to see the plan alone")
-    opened = open_source(source)
-    if keep_architecture:
-        if any(part is not None for part in (prelude, core, coda, tie)) or dry_run:
-            raise RedepthError(
-                "--keep-architecture does no surgery; leave --prelude, --core, --coda, --tie and --dry-run out"
-            )
-        assert out is not None
-        with progress_bar(quiet) as update:
-            rewrite(
-                opened,
-                out,
-                dtype=dtype,
-                overwrite=overwrite,
-                max_shard_size=max_shard_size,
-                on_tensor=lambda done, total: update("write", done / total),
-            )
+    hush_libraries()
+    with progress_bar(quiet) as update:
+        made = api.convert(
+            source,
+            None if dry_run else out,
+            prelude=prelude,
+            core=core,
+            coda=coda,
+            adapter=adapter,
+            state=state,
+            dtype=dtype,
+            tie=tie,
+            seed=seed,
+            revision=revision,
+            family=family,
+            trust_remote_code=trust_remote_code,
+            keep_architecture=keep_architecture,
+            verify=verify,
+            device=device,
+            overwrite=overwrite,
+            max_shard_size=max_shard_size,
+            on_plan=None if quiet or as_json else show,
+            on_progress=update,
+        )
+    if made.conversion is None:
         return
-    if opened.config.model_type == RecurrentDepthConfig.model_type:
-        _republish(opened, out, (prelude, core, coda), dtype, tie, overwrite, max_shard_size, dry_run, quiet)
-        return
-    conversion = plan_conversion(opened, prelude, core, coda, adapter, state, dtype, tie, seed)
-    report = summary(conversion)
-    if not quiet and not as_json:
-        show(conversion)
-    verification = None
-    if out is not None and not dry_run:
-        with progress_bar(quiet) as update:
-            conversion.write(out, overwrite, max_shard_size, lambda done, total: update("convert", done / total))
-        if conversion.source.tokenizer is None and not quiet:
-            remarks.print("The source has no tokenizer, so none was written.")
-        if verify:
-            with remarks.status("verify") as status:
-                verification = verify_checkpoint(
-                    out, conversion.source, on_check=lambda part: status.update(f"verify: {part}")
-                )
-            report["verification"] = verification.to_dict()
+    if made.out is not None and made.conversion.source.tokenizer is None and not quiet:
+        remarks.print("The source has no tokenizer, so none was written.")
+    report = summary(made.conversion)
+    if made.verification is not None:
+        report["verification"] = made.verification.to_dict()
     if as_json:
         print_json(report)
-    elif verification is not None and not quiet:
-        show_verification(verification)
-    if verification is not None and not verification.passed:
+    elif made.verification is not None and not quiet:
+        show_verification(made.verification)
+    if made.verification is not None and not made.verification.passed:
         raise RedepthError(f"{out} was written but does not pass verification; see verification.json in it")

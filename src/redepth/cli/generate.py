@@ -6,6 +6,10 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+import redepth
+from redepth import api
+from redepth.errors import RedepthError
+
 from .console import AsJson, Checkpoint, Device, Dtype, Quiet, hush_libraries, print_json, remarks, results
 
 # From few steps to many.
@@ -62,7 +66,7 @@ def command(
     noise_mix: Annotated[float | None, typer.Option(help="Wavefront: share of fresh initial state mixed in.")] = None,
     max_wavefront: Annotated[int | None, typer.Option(help="Wavefront: maximum number of open positions.")] = None,
     dtype: Dtype = "auto",
-    device: Device = "cpu",
+    device: Device = "auto",
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -75,10 +79,6 @@ def command(
     hush_libraries()
     import torch
     from transformers import TextStreamer
-
-    from redepth.checkpoint.load import load, load_tokenizer, read_config
-    from redepth.errors import RedepthError
-    from redepth.modeling import DepthPolicy
 
     given = {
         "criterion": criterion,
@@ -95,7 +95,7 @@ def command(
         "max_wavefront": max_wavefront,
         "report_agreement": True if sampler else None,
     }
-    policy = {name: value for name, value in given.items() if value is not None}
+    policy: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     of_the_sampler = ("headway", "inner_steps", "noise_mix", "max_wavefront")
     for name in (*of_the_sampler, "min_steps"):
         needed = "--sampler wavefront" if name in of_the_sampler else "--criterion"
@@ -103,14 +103,14 @@ def command(
             raise RedepthError(f"--{name.replace('_', '-')} needs {needed}")
     if max_new_tokens < 1:
         raise RedepthError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
-    if temperature < 0 or not 0 < top_p <= 1:
+    if not (0 <= temperature < float("inf") and 0 < top_p <= 1):
         raise RedepthError(f"--temperature {temperature} and --top-p {top_p} must be ≥ 0 and in (0, 1]")
-    config, _ = read_config(checkpoint)
+    config = api.read_config(checkpoint)
     depths = num_steps or [config.default_num_steps]
     for depth in depths:
-        DepthPolicy.resolve(config, **policy, num_steps=depth)
-    model: Any = load(checkpoint, dtype, device)
-    tokenizer = load_tokenizer(checkpoint)
+        redepth.DepthPolicy.resolve(config, **policy, num_steps=depth)
+    model: Any = api.load(checkpoint, dtype, device)
+    tokenizer = api.load_tokenizer(checkpoint)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     start = inputs["input_ids"].shape[1]
     if start == 0:
@@ -169,7 +169,13 @@ def command(
 
 
 def _note(stats: dict[str, Any], steps: list[int], policy: dict[str, Any]) -> str:
-    """What a policy did, in a few words."""
+    """What a policy did, in a few words, and whether the model's room cut the text short."""
+    did = _deeds(stats, steps, policy)
+    cut = "the text ends where the model's room does (block_size)" if stats["is_full"] else ""
+    return "; ".join(filter(None, (did, cut)))
+
+
+def _deeds(stats: dict[str, Any], steps: list[int], policy: dict[str, Any]) -> str:
     if "draft_steps" in policy:
         return f"{stats['accepted']} of {stats['drafted']} drafted tokens kept, {stats['rounds']} deep passes"
     if "sampler" in policy:

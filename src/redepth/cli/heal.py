@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 import typer
 from rich.table import Table
 
-from redepth.healing.recipe import HealRecipe, read_heal_recipe
+from redepth import HealRecipe, api
 
-from .console import AsJson, Quiet, hush_libraries, loss_table, print_json, progress_bar, remarks, results
+from .console import AsJson, Checkpoint, Quiet, hush_libraries, loss_table, print_json, progress_bar, remarks, results
 
 if TYPE_CHECKING:
     from redepth.healing.preflight import Preflight
@@ -92,9 +92,12 @@ def with_recipe_flags(command: Any) -> Any:
 
 @with_recipe_flags
 def command(
-    checkpoint: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a recurrent checkpoint.")],
+    checkpoint: Checkpoint,
     recipe: Annotated[Path | None, typer.Option(help="YAML file with a section 'heal'.")] = None,
     to: Annotated[Path | None, typer.Option(help="Write the healed model here instead of in place.")] = None,
+    further: Annotated[
+        bool, typer.Option("--further", help="Heal in place what is healed already; the records of all runs are kept.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Describe the run, and stop before it trains.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -107,18 +110,17 @@ def command(
     Example: redepth heal ./smollm2-recurrent --data python-docs --recipe recipes/demo.yaml
     """
     hush_libraries()
-    from redepth.healing.heal import heal, plan_healing
-
-    settings = read_heal_recipe(recipe, **changes)
     if os.environ.get("RANK", "0") != "0":
         as_json, quiet = False, True  # one process speaks for all
     with progress_bar(quiet) as update:
         listen = listener(update, quiet)
         if dry_run:
-            plan = plan_healing(checkpoint, settings, listen)
+            plan = api.plan_healing(checkpoint, recipe, on_progress=listen, **changes)
         else:
-            silent = quiet or as_json
-            healing = heal(checkpoint, settings, to, listen, None if silent else show_preflight)
+            told = None if quiet or as_json else show_preflight
+            healing = api.heal(
+                checkpoint, recipe, to, further=further, on_progress=listen, on_preflight=told, **changes
+            )
     if dry_run:
         print_json(asdict(plan)) if as_json else show_preflight(plan)
     elif as_json:

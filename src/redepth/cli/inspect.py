@@ -1,9 +1,11 @@
 """redepth inspect"""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+
+from redepth import api
 
 from .console import AsJson, Checkpoint, hush_libraries, print_json, results
 
@@ -23,16 +25,8 @@ def command(
     Example: redepth inspect ./smollm2-recurrent --num-steps 8
     """
     hush_libraries()
-    from redepth.checkpoint.inspect import inspect
-    from redepth.modeling.cache_rules import parse_cache_rule
-    from redepth.modeling.policy import split_num_steps
-
-    if cache_rule is not None:
-        parse_cache_rule(cache_rule)
-    for steps in num_steps or []:
-        split_num_steps(steps)
-    chosen = {"depths": tuple(num_steps)} if num_steps else {}
-    report = inspect(checkpoint, cache_rule=cache_rule, **chosen)
+    chosen: dict[str, Any] = {"num_steps": num_steps} if num_steps else {}
+    report = api.inspect(checkpoint, cache_rule=cache_rule, **chosen)
     if as_json:
         print_json(report)
         return

@@ -6,20 +6,21 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from redepth.surgery.presets import PRESETS
+from redepth import api
+from redepth.errors import RedepthError
 
 from .console import AsJson, Quiet, hush_libraries, print_json, results
 
 
 def command(
     out: Annotated[Path | None, typer.Argument(metavar="OUT", help="Folder to write.")] = None,
-    preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = "nano",
+    preset: Annotated[str, typer.Option(help=f"One of {', '.join(api.PRESETS)}.")] = "nano",
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or hub id to take a tokenizer from; sets the vocabulary.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that redepth wrote.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Count the parameters; make no weights.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -28,22 +29,12 @@ def command(
 
     Example: redepth new ./fresh --preset 100m
     """
-    hush_libraries()
-    from redepth.checkpoint.cost import count_parameters
-    from redepth.checkpoint.load import load_tokenizer
-    from redepth.errors import RedepthError
-    from redepth.runtime import parse_dtype
-    from redepth.surgery.create import create
-    from redepth.surgery.presets import preset_config
-
     if out is None and not dry_run:
         raise RedepthError("OUT is missing; name the folder to write, or add --dry-run to count parameters alone")
-    wanted = parse_dtype(dtype)
-    words = load_tokenizer(tokenizer) if tokenizer is not None else None
-    config = preset_config(preset, vocab_size=len(words) if words is not None else None)
-    count = count_parameters(config)
-    if out is not None and not dry_run:
-        create(config, out, words, wanted, seed, overwrite)
+    hush_libraries()
+    count = api.create(
+        None if dry_run else out, preset, tokenizer=tokenizer, dtype=dtype, seed=seed, overwrite=overwrite
+    ).parameters
     if as_json:
         print_json({"preset": preset, "parameters": count.by_part()})
     elif not quiet:

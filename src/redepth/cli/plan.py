@@ -5,7 +5,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from .console import AsJson, Quiet, hush_libraries, print_json, progress_bar, results
+from redepth import api
+
+from .console import (
+    AsJson,
+    FamilyFile,
+    Quiet,
+    Revision,
+    TrustRemoteCode,
+    hush_libraries,
+    print_json,
+    progress_bar,
+    results,
+)
 
 if TYPE_CHECKING:
     from redepth.surgery.search import Candidate, PlanSearch
@@ -64,6 +76,9 @@ def command(
         float | None, typer.Option(min=0, help="Losses within this many nats of the lowest count as equal.")
     ] = None,
     precision: Annotated[str, typer.Option(help="auto, bf16 or fp32.")] = "auto",
+    revision: Revision = None,
+    family: FamilyFile = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -72,41 +87,21 @@ def command(
     Example: redepth plan smollm2-135m --data python-docs --core-layers 6
     """
     hush_libraries()
-    import torch
-
-    from redepth.checkpoint.sources import open_source
-    from redepth.data.rows import held_out_rows
-    from redepth.data.text import open_text
-    from redepth.errors import RedepthError
-    from redepth.runtime import has_bf16, keep_freed_memory
-    from redepth.surgery.plan import default_plan
-    from redepth.surgery.search import ADAPTERS, TOLERANCE, check_search, search_plans
-
-    if precision not in ("auto", "bf16", "fp32"):
-        raise RedepthError(f"--precision {precision!r} is unknown; use auto, bf16 or fp32")
-    opened = open_source(source)
-    # A recurrent source has no such setting, and is refused below.
-    num_layers = getattr(opened.config, "num_hidden_layers", 3)
-    if core_layers is None:
-        core_layers = len(default_plan(num_layers).core)
-    if drop_layers is None:
-        drop_layers = min(round(num_layers / 8), max(num_layers - 2 - core_layers, 0))
-    check_search(opened, core_layers, drop_layers, adapter or ADAPTERS, sequence_length)
-    if opened.tokenizer is None:
-        raise RedepthError(f"source {source!r} has no tokenizer, so it can't be measured on text")
-    stream = open_text(data, text_column)
-    text, _ = held_out_rows(stream, opened.tokenizer, sequence_length, rows)
-    bf16 = precision == "bf16" or (precision == "auto" and has_bf16())
-    keep_freed_memory()
     with progress_bar(quiet) as update:
-        search = search_plans(
-            opened,
-            text,
-            core_layers,
-            drop_layers,
-            adapter or ADAPTERS,
-            tolerance=TOLERANCE if tolerance is None else tolerance,
-            autocast=torch.bfloat16 if bf16 else None,
+        search = api.plan(
+            source,
+            data,
+            text_column=text_column,
+            core_layers=core_layers,
+            drop_layers=drop_layers,
+            adapters=adapter or (),
+            rows=rows,
+            sequence_length=sequence_length,
+            tolerance=tolerance,
+            precision=precision,
+            revision=revision,
+            family=family,
+            trust_remote_code=trust_remote_code,
             on_progress=update,
         )
     found = [kind for kind in (search.whole, search.dropping) if kind]
@@ -126,10 +121,12 @@ def command(
         )
         return
     if not quiet:
-        results.print(_layer_table(search, core_layers))
+        results.print(_layer_table(search, len(search.whole[0].plan.core)))
         heading = f"nats per token on {search.tokens:,} tokens; {source} itself: {search.source_loss:.3f}"
         results.print(_candidate_table(f"every layer kept, {heading}", search.whole))
         if search.dropping:
-            results.print(_candidate_table(f"{drop_layers} layers dropped, {heading}", search.dropping))
+            results.print(
+                _candidate_table(f"{len(search.dropping[0].plan.dropped)} layers dropped, {heading}", search.dropping)
+            )
     for line in commands[: 1 if quiet else None]:
         results.print(line, soft_wrap=True, highlight=False)

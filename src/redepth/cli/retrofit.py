@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from redepth import api
+
 from .console import AsJson, Quiet, hush_libraries, loss_table, print_json, progress_bar, results
 from .heal import listener, show_preflight, with_recipe_flags
 
@@ -25,12 +27,9 @@ def command(
     Example: redepth retrofit recipes/smollm2-135m-2core.yaml ./smollm2-retrofit
     """
     hush_libraries()
-    from redepth.healing.retrofit import read_retrofit_recipe, retrofit
-
-    settings = read_retrofit_recipe(recipe, **changes)
     with progress_bar(quiet) as update:
-        shown = None if quiet or as_json else show_preflight
-        evaluation = retrofit(settings, out or Path(recipe.stem), listener(update, quiet), shown)
+        told = None if quiet or as_json else show_preflight
+        evaluation = api.retrofit(recipe, out, on_progress=listener(update, quiet), on_preflight=told, **changes)
     if as_json:
         print_json(asdict(evaluation))
     elif not quiet:

@@ -6,7 +6,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from .console import AsJson, Quiet, hush_libraries, print_json, remarks, results
+from redepth import api
+from redepth.errors import RedepthError
+
+from .console import (
+    AsJson,
+    Device,
+    Quiet,
+    Revision,
+    TrustRemoteCode,
+    hush_libraries,
+    print_json,
+    progress_bar,
+    results,
+)
 
 if TYPE_CHECKING:
     from redepth.surgery.verify import Verification
@@ -34,6 +47,9 @@ def command(
     against: Annotated[
         str | None, typer.Option(help="Source to compare with; by default the one that OUT names.")
     ] = None,
+    device: Device = "auto",
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -42,14 +58,10 @@ def command(
     Example: redepth verify ./smollm2-recurrent --against smollm2-135m
     """
     hush_libraries()
-    from redepth.errors import RedepthError
-    from redepth.surgery.verify import verify
-
-    if quiet:
-        verification = verify(out, against)
-    else:
-        with remarks.status("verify") as status:
-            verification = verify(out, against, on_check=lambda part: status.update(f"verify: {part}"))
+    with progress_bar(quiet) as update:
+        verification = api.verify(
+            out, against, device=device, revision=revision, trust_remote_code=trust_remote_code, on_progress=update
+        )
     if as_json:
         print_json(verification.to_dict())
     elif not quiet:

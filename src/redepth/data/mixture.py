@@ -6,28 +6,16 @@ from typing import Any, Protocol
 
 import torch
 from datasets import IterableDataset
-from pydantic import BaseModel, ConfigDict, Field
 
 from redepth.errors import RedepthError
 
 from .rows import Place, SourceRows, held_out_rows, held_out_text
+from .source import PYTHON_DOCS, DataSource
 from .task_rows import TaskRows, TaskSettings, hardest, up_to
 from .tasks import is_task, open_task
-from .text import PYTHON_DOCS, open_text
+from .text import open_text
 
 UNKNOWN_DEPTH = 32  # results that a task without a range of difficulties may have
-
-
-class DataSource(BaseModel):
-    """One source of a mixture."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    data: str = Field(description="python-docs, a .txt, .jsonl, .json or .parquet file, a datasets id, or task:NAME?…")
-    weight: float = Field(1.0, gt=0, description="share of the training rows, relative to the other sources")
-    text_column: str | None = Field(None, description="column that holds the text; the recipe's by default")
-    license: str | None = Field(None, description="its licence, where the data has no column `license`")
-    scratchpad: bool = Field(False, description="of a task: intermediate results are written out as text")
 
 
 class TextSettings(Protocol):

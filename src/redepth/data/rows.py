@@ -11,7 +11,8 @@ from datasets import Dataset, IterableDataset
 from redepth.errors import RedepthError
 
 from .python_docs import python_docs
-from .text import PYTHON_DOCS, open_text
+from .source import PYTHON_DOCS
+from .text import open_text
 
 SHUFFLE_BUFFER = 1000  # documents
 

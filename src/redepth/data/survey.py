@@ -2,19 +2,26 @@
 
 import hashlib
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from .python_docs import python_docs
-from .text import PYTHON_DOCS, data_file, read_documents
+from .source import PYTHON_DOCS
+from .text import data_file, read_documents
+
+DOCUMENTS_BETWEEN_TELLING = 10_000
 
 
-def count_licenses(spec: str, column: str, license: str | None) -> dict[str, int | None]:
+def count_licenses(
+    spec: str, column: str, license: str | None, on_share: Callable[[float], None] | None = None
+) -> dict[str, int | None]:
     """Read a source to its end, and count its documents by licence: None where that is not known.
 
     Hub data is streamed; its rows are checked when they come.
 
     Args:
         license: the source's, for documents that don't state theirs.
+        on_share: called now and then with about the share that has been read.
 
     Raises:
         RedepthError: naming the file and the first row that can't be read.
@@ -22,9 +29,16 @@ def count_licenses(spec: str, column: str, license: str | None) -> dict[str, int
     unstated = license or "not stated"
     if spec == PYTHON_DOCS:
         return {"psf-2.0": None}
-    if data_file(spec) is None:
+    file = data_file(spec)
+    if file is None:
         return {unstated: None}
-    counted = Counter(document.license for document in read_documents(spec, column))
+    counted: Counter[str | None] = Counter()
+    characters = 0
+    for number, document in enumerate(read_documents(spec, column), 1):
+        counted[document.license] += 1
+        characters += len(document.text)
+        if on_share is not None and number % DOCUMENTS_BETWEEN_TELLING == 0:
+            on_share(min(characters / file.stat().st_size, 1.0))
     if set(counted) == {None}:
         return {unstated: None}
     counted[unstated] += counted.pop(None, 0)

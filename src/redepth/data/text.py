@@ -12,8 +12,8 @@ from datasets import Dataset, IterableDataset, load_dataset
 from redepth.errors import RedepthError, first_line
 
 from .python_docs import python_docs
+from .source import PYTHON_DOCS
 
-PYTHON_DOCS = "python-docs"
 LICENSE_COLUMN = "license"
 
 

@@ -10,10 +10,11 @@ from torch.nn import functional as F
 
 from redepth.checkpoint.card import write_card
 from redepth.checkpoint.folder import CONFIG_FILE, CheckpointFolder, read_json, write_json
-from redepth.checkpoint.load import load
+from redepth.checkpoint.load import load, local_checkpoint
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthForCausalLM
 from redepth.modeling.exits import EXIT_TESTS, ExitTest
+from redepth.modeling.tokens import check_numbers
 
 WANTED_AGREEMENTS = {"99%": 0.99, "95%": 0.95}
 ENOUGH = 0.005  # nats: the default depth is the shallowest whose loss is this close to the lowest
@@ -50,6 +51,9 @@ def measure_depths(
     Args:
         tokens: `[rows, tokens]`, without padding.
         on_row: called with (rows done, rows in all).
+
+    Raises:
+        ValueError: where the model's logits are NaN.
     """
     found = Measurement(*torch.zeros(2, most_steps, dtype=torch.float64))
     for row, ids in enumerate(tokens.to(model.device).split(1), 1):
@@ -58,6 +62,7 @@ def measure_depths(
         def logits_after(step: int) -> torch.Tensor:
             logits = model.predict_from_latents(states[step]).logits  # noqa: B023
             assert logits is not None
+            check_numbers(logits)
             return logits[0].float()
 
         deepest_logits = logits_after(most_steps)
@@ -183,7 +188,7 @@ def calibrate(
     data: str,
     most_steps: int | None = None,
     dtype: str = "auto",
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     on_row: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measure a checkpoint at every depth and store the result in its config, as `depth_profile`.
@@ -202,9 +207,7 @@ def calibrate(
     Raises:
         RedepthError: for a checkpoint that is not a local folder, or most_steps below 2.
     """
-    folder = Path(checkpoint)
-    if not (folder / "config.json").is_file():
-        raise RedepthError(f"checkpoint {str(checkpoint)!r} is not a local folder; calibration writes into it")
+    folder = local_checkpoint(checkpoint)
     model: Any = load(checkpoint, dtype, device)
     if not isinstance(model, RecurrentDepthForCausalLM):
         raise RedepthError(f"checkpoint {str(checkpoint)!r} has no depth to calibrate; convert it first")

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from redepth.modeling.errors import UserError
+from redepth.modeling.lru_mixer import Timeline
 from redepth.modeling.lru_state import LruState, RowChange
 from redepth.modeling.tokens import align_right
 
@@ -166,13 +168,14 @@ class RecurrentGemmaCache(Cache):
         """S: how many columns of keys and values the attention layers hold."""
         return next((layer.stored for layer in self.layers if isinstance(layer, WindowLayer)), 0)
 
-    def commit(self, batch: int, tokens: int, mask: torch.Tensor | None, document_tokens: torch.Tensor | None) -> None:
+    def commit(self, batch: int, tokens: int, timeline: Timeline, document_tokens: torch.Tensor | None) -> None:
         """End a pass over `[batch, tokens]`.
 
         Args:
-            mask: `[B, T]`, which of the tokens were no padding; None if all.
+            timeline: where texts start and padding stands in it.
             document_tokens: `[B]`, tokens of the present document; None if that is all of them.
         """
+        mask = timeline.real
         if self.real_tokens is not None or mask is not None:
             device = mask.device if mask is not None else self.real_tokens.device  # type: ignore[union-attr]
             before = self.real_counts(batch, device)
@@ -182,11 +185,11 @@ class RecurrentGemmaCache(Cache):
         self.batch = batch
         if not self.recording:
             self.croppable = 0
-        elif mask is not None or document_tokens is not None:
-            # What stands left of these can't be told from a plain count of columns any more.
+        elif document_tokens is not None:
+            # What stands left of another document can't be told from a plain count of columns any more.
             self.croppable = 0
         else:
-            self.croppable += tokens
+            self.croppable = timeline.croppable_after(self.croppable, tokens)
 
     def real_counts(self, batch: int, device: torch.device) -> torch.Tensor:
         """`[B]`: tokens stored so far that were no padding."""
@@ -210,10 +213,10 @@ class RecurrentGemmaCache(Cache):
                 than were recorded, and for padding.
         """
         if tokens_to_remove > 0:
-            raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+            raise UserError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
         remove = -tokens_to_remove
         if remove > self.croppable:
-            raise ValueError(
+            raise UserError(
                 f"can't crop {remove} tokens: {self.croppable} were recorded since the last crop or padding; "
                 "call activate_past_recording() before feeding them"
             )

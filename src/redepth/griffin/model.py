@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import PreTrainedModel
 
 from redepth.modeling.elementwise import RMSNorm
+from redepth.modeling.errors import UserError
 from redepth.modeling.lru_mixer import RGLRU
 from redepth.modeling.tokens import align_right
 
@@ -85,11 +86,9 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
                 "leave it out to get one"
             )
         if cache.signature != cache_signature(self.config):
-            raise ValueError(
-                "past_key_values was made for a model with other layers; leave it out to get a fitting one"
-            )
+            raise UserError("past_key_values was made for a model with other layers; leave it out to get a fitting one")
         if cache.batch is not None and cache.batch != batch:
-            raise ValueError(f"past_key_values holds {cache.batch} rows, but the input has {batch}")
+            raise UserError(f"past_key_values holds {cache.batch} rows, but the input has {batch}")
 
     def forward(
         self,
@@ -125,14 +124,14 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         if unknown:
             raise TypeError(f"forward() got an unknown argument {min(unknown)!r}; see its documentation")
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds, and not both")
+            raise UserError("give either input_ids or inputs_embeds, and not both")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         x = x * self.embed_scale
 
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if self.gradient_checkpointing and self.training and (use_cache or past_key_values is not None):
-            raise ValueError("a cache can't go with gradient checkpointing; pass use_cache=False")
+            raise UserError("a cache can't go with gradient checkpointing; pass use_cache=False")
         cache = past_key_values
         if cache is not None:
             self._check_cache(cache, x.shape[0])
@@ -141,11 +140,11 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         if output_attentions and self.config._attn_implementation != "eager":
-            raise ValueError("output_attentions needs eager attention; load the model with attn_implementation='eager'")
+            raise UserError("output_attentions needs eager attention; load the model with attn_implementation='eager'")
 
         x, shared = prepare(self.config, x, attention_mask, position_ids, cache, bool(output_attentions))
         if output_attentions and shared.restore is not None:
-            raise ValueError("output_attentions can't be given for padding after tokens; pad on the left")
+            raise UserError("output_attentions can't be given for padding after tokens; pad on the left")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         record = [x] if output_hidden_states else None
@@ -157,7 +156,7 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         if record is not None:
             record[-1] = x
         if cache is not None:
-            cache.commit(x.shape[0], x.shape[1], shared.timeline.real, shared.document_tokens)
+            cache.commit(x.shape[0], x.shape[1], shared.timeline, shared.document_tokens)
         output = BaseModelOutputWithPast(
             last_hidden_state=align_right(x, shared.restore, dim=1),
             past_key_values=cache,
@@ -183,7 +182,7 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
     ) -> None:
         """Give generate() the cache that holds this model's states."""
         if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ValueError(
+            raise UserError(
                 f"cache_implementation={generation_config.cache_implementation!r} is not supported by RecurrentGemma, "
                 "whose memory does not grow; leave it out"
             )

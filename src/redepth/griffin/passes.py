@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from redepth.modeling.errors import UserError
 from redepth.modeling.lru_mixer import Timeline
 from redepth.modeling.rotary import plain_frequencies
-from redepth.modeling.tokens import align_right, padding_back, padding_first
+from redepth.modeling.tokens import align_right, padding_back, padding_first, stands_left, surely
 
 from .cache import RecurrentGemmaCache
 
@@ -47,7 +48,7 @@ def rotations(config: Any, position_ids: torch.Tensor, dtype: torch.dtype) -> tu
     """cos and sin of the rotary angles, `[B or 1, T, half the rotated channels]`."""
     parameters = config.rope_parameters
     if parameters.get("rope_type", "default") != "default":
-        raise ValueError(f"rope_type is {parameters['rope_type']!r}, but RecurrentGemma knows only 'default'")
+        raise UserError(f"rope_type is {parameters['rope_type']!r}, but RecurrentGemma knows only 'default'")
     rotated = int(config.hidden_size // config.num_attention_heads * parameters.get("partial_rotary_factor", 1.0))
     frequencies = plain_frequencies(parameters["rope_theta"], rotated, position_ids.device)
     angles = position_ids[..., None].float() * frequencies
@@ -125,22 +126,22 @@ def real_columns(
         return None
     past = cache.length if cache is not None else 0
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
-        raise ValueError("attention_mask must be [batch, tokens]; a recurrence can't honour any other kind")
+        raise UserError("attention_mask must be [batch, tokens]; a recurrence can't honour any other kind")
     if attention_mask.shape != (batch, past + tokens):
-        raise ValueError(
+        raise UserError(
             f"attention_mask has shape {list(attention_mask.shape)}, but {past} stored and {tokens} new tokens in "
             f"{batch} rows need [{batch}, {past + tokens}]"
         )
     mask = attention_mask.bool()
     padded_before = cache is not None and cache.real_tokens is not None
-    if not padded_before and bool(mask.all()):
+    if not padded_before and surely(mask.all()):
         return None
     if cache is not None and past:
         stored = cache.real_counts(batch, mask.device)
-        if not torch.equal(mask[:, :past].sum(1), stored):
-            raise ValueError("attention_mask differs from the one under which the stored tokens were read")
+        if surely((mask[:, :past].sum(1) != stored).any()):
+            raise UserError("attention_mask differs from the one under which the stored tokens were read")
     real = mask[:, past:]
-    return None if bool(real.all()) else real
+    return None if surely(real.all()) else real
 
 
 def prepare(
@@ -159,13 +160,13 @@ def prepare(
     real = real_columns(attention_mask, cache, batch, tokens)
     if position_ids is not None:
         if position_ids.shape not in ((1, tokens), (batch, tokens)):
-            raise ValueError(f"position_ids has shape {list(position_ids.shape)}, but must be [{batch}, {tokens}]")
+            raise UserError(f"position_ids has shape {list(position_ids.shape)}, but must be [{batch}, {tokens}]")
         position_ids = position_ids.expand(batch, -1)
 
     restore = None
     if real is not None:
         order = padding_first(real)
-        if not torch.equal(order, torch.arange(tokens, device=device).expand_as(order)):
+        if not stands_left(order):
             restore = padding_back(real)
             x = align_right(x, order, dim=1)
             real = align_right(real, order, dim=1)
@@ -187,8 +188,8 @@ def prepare(
             position_ids = (visible[:, None] + column.cumsum(1) - 1).clamp(min=0)
         starts = (position_ids == 0) & column
         before = read[:, None] + column.cumsum(1) - 1
-        fresh = past == 0 and real is None and bool(starts[:, 0].all()) and not bool(starts[:, 1:].any())
-        if bool((starts & (before > 0)).any()):
+        fresh = past == 0 and real is None and surely(starts[:, 0].all() & ~starts[:, 1:].any())
+        if not surely(~(starts & (before > 0)).any()):
             documents = starts.cumsum(1)
             document_tokens = (column & (documents == documents[:, -1:])).sum(1)
             document_tokens = document_tokens + visible * (documents[:, -1] == 0)
@@ -199,7 +200,7 @@ def prepare(
             # The column where the stored document would start, were it not in the past.
             began = (tokens - column.sum(1) - visible)[:, None]
             since_start = at - torch.where(starts, at, began).cummax(1).values
-        if fresh or not bool(starts.any()):
+        if fresh or surely(~starts.any()):
             starts = None
 
     input_order = key_order = first_visible = None
@@ -221,7 +222,7 @@ def prepare(
         sin=sin,
         segments=segments,
         cache=cache,
-        timeline=Timeline(fresh, starts, since_start, real, input_order),
+        timeline=Timeline(fresh, starts, since_start, real, input_order, restore is not None),
         key_order=key_order,
         restore=restore,
         attentions=[] if whole else None,

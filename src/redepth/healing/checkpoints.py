@@ -44,7 +44,7 @@ def damage(checkpoint: Path) -> str | None:
 
 def last_whole(work: Path, remark: Callable[[str], None]) -> Path | None:
     """The newest whole checkpoint in the work folder; torn ones are remarked on, and removed by the next `sweep`."""
-    for checkpoint in reversed(_checkpoints(work)):
+    for checkpoint in reversed(checkpoints_in(work)):
         trouble = damage(checkpoint)
         if trouble is None:
             return checkpoint
@@ -54,12 +54,12 @@ def last_whole(work: Path, remark: Callable[[str], None]) -> Path | None:
 
 def sweep(work: Path) -> None:
     """Remove torn checkpoints, which would otherwise count among those that are kept."""
-    for checkpoint in _checkpoints(work):
+    for checkpoint in checkpoints_in(work):
         if damage(checkpoint) is not None:
             shutil.rmtree(checkpoint)
 
 
-def _checkpoints(work: Path) -> list[Path]:
+def checkpoints_in(work: Path) -> list[Path]:
     """Oldest first."""
     found = [folder for folder in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if folder.name.rpartition("-")[2].isdigit()]
     return sorted(found, key=lambda folder: int(folder.name.rpartition("-")[2]))

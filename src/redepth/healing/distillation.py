@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from redepth.checkpoint.load import load_tokenizer
-from redepth.checkpoint.sources import open_source, recorded_source
+from redepth.checkpoint.sources import Source, open_source, recorded_source
 from redepth.errors import RedepthError
 from redepth.modeling.loss import TokenLoss, cross_entropy_of_tokens
 
@@ -52,15 +52,25 @@ class Teacher:
         return loss
 
 
-def open_teacher(folder: Path, recipe: HealRecipe, vocab_size: int, dtype: torch.dtype) -> Teacher:
+def teacher_source(folder: Path, recipe: HealRecipe) -> Source:
     """The recipe's teacher, or the source that the checkpoint was converted from.
 
     Raises:
-        RedepthError: where there is none, or its vocabulary is another one.
+        RedepthError: where there is none.
     """
     source = open_source(recipe.teacher) if recipe.teacher else recorded_source(folder)
     if source is None:
         raise RedepthError(f"{folder} was not converted from a source to distil from; name one with --teacher")
+    return source
+
+
+def open_teacher(folder: Path, recipe: HealRecipe, vocab_size: int, dtype: torch.dtype) -> Teacher:
+    """The teacher's model.
+
+    Raises:
+        RedepthError: as `teacher_source`, or where its vocabulary is another one.
+    """
+    source = teacher_source(folder, recipe)
     own = load_tokenizer(folder)
     differs = source.tokenizer is not None and source.tokenizer.get_vocab() != own.get_vocab()
     if differs or source.config.get_text_config().vocab_size != vocab_size:

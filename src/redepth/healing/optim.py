@@ -28,7 +28,7 @@ def set_trainable(model: RecurrentDepthForCausalLM, recipe: HealRecipe) -> nn.Mo
     if recipe.train != "all":
         model.requires_grad_(False)
         for part in recipe.train.split("+"):
-            model.transformer[GROUP_MODULES[part]].requires_grad_(True)
+            model.transformer[GROUP_MODULES.get(part, part)].requires_grad_(True)  # the adapter is no group
     return model
 
 

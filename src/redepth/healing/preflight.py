@@ -18,6 +18,8 @@ from .memory import Memory, memory_of, peak_bytes
 from .recipe import HealRecipe
 from .supervision import supervised_inputs, supervised_steps
 
+MOST_DEPTHS = 20_000  # drawn beforehand, which takes a second
+
 
 @dataclass(frozen=True)
 class Preflight:
@@ -43,8 +45,13 @@ class Preflight:
 
 
 def depths_of_run(recipe: HealRecipe) -> list[tuple[int, int]]:
-    """(steps without, steps with gradient) of every optimiser step, as they will be drawn if no time limit ends it."""
-    return [depth_of_step(recipe, step, step / recipe.max_steps) for step in range(recipe.max_steps)]
+    """(steps without, steps with gradient) of every optimiser step, as they will be drawn if no time limit ends it.
+
+    Of a longer run, those of MOST_DEPTHS steps spread evenly over it.
+    """
+    number = min(recipe.max_steps, MOST_DEPTHS)
+    steps = [place * recipe.max_steps // number for place in range(number)]
+    return [depth_of_step(recipe, step, step / recipe.max_steps) for step in steps]
 
 
 def parameters_by_part(model: nn.Module) -> tuple[dict[str, int], dict[str, int]]:
@@ -144,8 +151,10 @@ def preflight(
         deep_seconds = _pass(model, recipe, batch, (0, deepest), teacher, bf16) if deepest > 1 else 0.0
         per_step = max(deep_seconds - shallow_seconds, 0.0) / max(deepest - 1, 1)
         micro_batches = recipe.batch_size / (len(batch["input_ids"]) * processes)
-        seconds = micro_batches * sum(
-            shallow_seconds + per_step * (with_gradient - 1 + without / 3) for without, with_gradient in depths
+        seconds = (
+            (recipe.max_steps / len(depths))
+            * micro_batches
+            * sum(shallow_seconds + per_step * (with_gradient - 1 + without / 3) for without, with_gradient in depths)
         )
     else:
         row = {key: value[:1, ..., :8] for key, value in batch.items()}
@@ -161,7 +170,8 @@ def preflight(
         tokens=recipe.max_steps * tokens_per_step,
         steps=recipe.max_steps,
         mean_steps=sum(map(sum, depths)) / len(depths),
-        flops=tokens_per_step
+        flops=(recipe.max_steps / len(depths))
+        * tokens_per_step
         * sum(
             # A step that has a loss besides the last costs one more coda.
             training_flops_per_token(count, *depth) + 6.0 * (supervised_steps(recipe, depth) - 1) * count.coda

@@ -7,20 +7,21 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from redepth.data.mixture import DataSource
+from redepth.data.source import PYTHON_DOCS, DataSource
 from redepth.data.tasks import is_task
-from redepth.errors import RedepthError, first_line
+from redepth.errors import RedepthError, first_line, one_line
 
 DepthSampling = Literal["log-normal-poisson", "fixed", "difficulty", "up-to-difficulty", "earned"]
 Curve = Literal["constant", "linear", "one-minus-sqrt"]
 Group = Literal["prelude", "core", "coda"]
+DEEPEST = 1024  # steps, in every key that counts them
 Table = TypeVar("Table", bound=BaseModel)
 
 
 class Phase(BaseModel):
     """One stretch of the run, with data of its own."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     share: float = Field(gt=0, le=1, description="share of the optimiser steps")
     data: str | tuple[DataSource, ...] = Field(description="a source, or a mixture")
@@ -38,7 +39,7 @@ class Stage(BaseModel):
 class HealRecipe(BaseModel):
     """Every key of the section `heal`; each field says what it means, here and in `redepth heal --help`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     data: str | tuple[DataSource, ...] = Field(
         "python-docs",
@@ -58,7 +59,7 @@ class HealRecipe(BaseModel):
     sequence_length: int = Field(512, ge=8, description="tokens in a row")
     batch_size: int = Field(8, ge=1, description="rows in an optimiser step, over all processes")
     micro_batch_size: int = Field(4, ge=1, description="most rows in a process's memory at once")
-    max_steps: int = Field(500, ge=1, description="optimiser steps")
+    max_steps: int = Field(500, ge=1, le=10**9, description="optimiser steps")
     max_minutes: float | None = Field(
         None, gt=0, description="end after this time if that comes first; schedules then run on time"
     )
@@ -74,7 +75,7 @@ class HealRecipe(BaseModel):
     warmup: float = Field(0.05, ge=0, le=1, description="share of the run over which the rate rises")
     decay: float = Field(0.3, ge=0, le=1, description="share of the run over which the rate falls")
 
-    mean_recurrence: float = Field(4.0, ge=1, description="mean of the sampled number of steps at the end")
+    mean_recurrence: float = Field(4.0, ge=1, le=DEEPEST, description="mean of the sampled number of steps at the end")
     depth_sampling: DepthSampling = Field(
         "log-normal-poisson",
         description="how a step's depth is drawn around the mean; fixed runs the mean itself; difficulty runs as many steps as "
@@ -99,7 +100,7 @@ class HealRecipe(BaseModel):
     curriculum: Curve = Field("one-minus-sqrt", description="how the mean gets there: constant, linear, one-minus-sqrt")
     curriculum_start: float = Field(1.0, ge=1, description="the mean at the start")
     curriculum_fraction: float = Field(0.5, gt=0, le=1, description="share of the run that the way takes")
-    backprop_depth: int = Field(8, ge=1, description="how many of the last steps carry a gradient")
+    backprop_depth: int = Field(8, ge=1, le=DEEPEST, description="how many of the last steps carry a gradient")
     backprop_curriculum: Curve = Field("constant", description="how that number gets there, as for the mean")
     backprop_start: int = Field(1, ge=1, description="that number at the start")
     backprop_fraction: float = Field(0.5, gt=0, le=1, description="share of the run that its way takes")
@@ -132,7 +133,7 @@ class HealRecipe(BaseModel):
     report_to: str = Field(
         "auto", description="trackers, comma-separated, as Trainer's report_to; auto is TensorBoard where installed"
     )
-    seed: int = Field(0, description="of the data order, the sampled depths and the noise")
+    seed: int = Field(0, ge=0, lt=2**32, description="of the data order, the sampled depths and the noise")
 
     @field_validator("eval_depths", "lora_groups", mode="before")
     @classmethod
@@ -169,8 +170,13 @@ class HealRecipe(BaseModel):
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
             )
-        if min(self.eval_depths, default=0) < 1:
-            raise ValueError("eval_depths needs at least one number, none below 1")
+        if not self.eval_depths or min(self.eval_depths) < 1 or max(self.eval_depths) > DEEPEST:
+            raise ValueError(f"eval_depths needs at least one number, none below 1 or above {DEEPEST}")
+        names = {source.data for _, sources in self.timetable() for source in sources}
+        if not names:
+            raise ValueError("data names no source")
+        if self.validation in names - {PYTHON_DOCS}:
+            raise ValueError(f"validation {self.validation!r} is trained on; name other text, or leave it out")
         return self
 
     def seed_of(self, number: int) -> int:
@@ -222,21 +228,25 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
         content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RedepthError(f"recipe {file} does not exist; see recipes/ for examples") from None
-    except yaml.YAMLError as error:
-        raise RedepthError(f"recipe {file} is not valid YAML: {first_line(error)}") from None
+    except OSError as error:
+        raise RedepthError(f"recipe {file} can't be read: {error.strerror or first_line(error)}") from None
+    except UnicodeDecodeError:
+        raise RedepthError(f"recipe {file} is not UTF-8; save it as UTF-8") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date of month 13 is a ValueError
+        raise RedepthError(f"recipe {file} is not valid YAML: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise RedepthError(f"recipe {file} has no sections; see recipes/ for examples")
     return content
 
 
-def fill(table: type[Table], values: Mapping[str, Any], where: str) -> Table:
-    """A recipe table from a mapping.
+def fill(table: type[Table], values: Any, where: str) -> Table:
+    """A recipe table from what a file holds.
 
     Raises:
         RedepthError: in one line, naming `where`, the key and its value.
     """
     try:
-        return table(**values)
+        return table.model_validate(values)
     except ValidationError as error:
         # Of a union's members, the one that the value came furthest into is the one that was meant.
         first = max(error.errors(), key=lambda entry: len(entry["loc"]))
@@ -244,7 +254,13 @@ def fill(table: type[Table], values: Mapping[str, Any], where: str) -> Table:
         if not first["loc"]:
             raise RedepthError(f"{where}: {said}") from None
         key = ".".join(str(part) for part in first["loc"] if part not in ("str", "tuple[DataSource, ...]"))
-        raise RedepthError(f"{where}: {key} = {first['input']!r}: {said}") from None
+        raise RedepthError(f"{where}: {key} = {shortened(first['input'])}: {said}") from None
+
+
+def shortened(value: Any, most: int = 80) -> str:
+    """How an error shows a value, which may be a whole document."""
+    shown = repr(value)
+    return shown if len(shown) <= most else shown[: most - 1] + "…"
 
 
 def read_heal_recipe(file: str | Path | None = None, **changes: Any) -> HealRecipe:
@@ -253,13 +269,32 @@ def read_heal_recipe(file: str | Path | None = None, **changes: Any) -> HealReci
     Raises:
         RedepthError: for a missing file or section, an unknown key, or a value that does not fit.
     """
-    values: dict[str, Any] = {}
-    if file is not None:
-        content = read_yaml(file)
-        if not isinstance(content.get("heal"), dict):
-            raise RedepthError(f"recipe {file} has no section 'heal'; put the healing settings under it")
-        values = content["heal"]
+    if file is None:
+        return fill(HealRecipe, laid_over({}, changes), "healing recipe")
+    runs = heal_runs(read_yaml(file), file)
+    if len(runs) > 1:
+        raise RedepthError(
+            f"recipe {file} has {len(runs)} runs in its section 'heal'; redepth retrofit does them in turn"
+        )
+    return fill(HealRecipe, laid_over(runs[0], changes), str(file))
+
+
+def heal_runs(content: dict[str, Any], file: str | Path) -> list[dict[str, Any]]:
+    """The section `heal` of a recipe: the table of one run, or a list of them, to be done in turn.
+
+    Raises:
+        RedepthError: where there is none.
+    """
+    section = content.get("heal")
+    runs: list[Any] = section if isinstance(section, list) else [section]
+    if not runs or not all(isinstance(run, dict) for run in runs):
+        raise RedepthError(f"recipe {file} has no section 'heal'; put the healing settings under it")
+    return runs
+
+
+def laid_over(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's values with those of `changes` that are not None; new data takes the place of phases."""
     given = {key: value for key, value in changes.items() if value is not None}
     if "data" in given:
         values = {key: value for key, value in values.items() if key != "phases"}
-    return fill(HealRecipe, values | given, str(file) if file is not None else "healing recipe")
+    return values | given

@@ -12,25 +12,27 @@ from pydantic import BaseModel, ConfigDict, Field
 from redepth.checkpoint.card import write_card
 from redepth.checkpoint.folder import (
     EVALUATION_FILE,
-    HEALING_FILE,
+    RECIPE_FILE,
     VERIFICATION_FILE,
+    CheckpointFolder,
     read_json,
     read_recipe,
-    recover,
     write_json,
 )
 from redepth.checkpoint.load import load_tokenizer, read_config
 from redepth.data.mixture import training_and_held_out
-from redepth.data.text import PYTHON_DOCS
+from redepth.data.source import PYTHON_DOCS
 from redepth.errors import RedepthError
 from redepth.evaluation.calibrate import calibrate
 from redepth.evaluation.held_out import Evaluation, evaluate_held_out
-from redepth.surgery.convert import DEFAULT_ADAPTER, DEFAULT_STATE, plan_conversion
+from redepth.surgery.convert import plan_conversion
+from redepth.surgery.plan import DEFAULT_ADAPTER, DEFAULT_STATE
 from redepth.surgery.verify import verify
 
-from .heal import heal
+from .heal import finished_run, heal
 from .preflight import Preflight
-from .recipe import HealRecipe, fill, read_yaml
+from .recipe import HealRecipe, fill, heal_runs, laid_over, read_yaml
+from .record import read_heal_recipes
 from .trainer import Progress
 
 # Written by redepth into a checkpoint's recipe.yaml, which is a recipe itself.
@@ -47,13 +49,13 @@ class ConvertRecipe(BaseModel):
     prelude: str | None = None
     core: str | None = None
     coda: str | None = None
+    revision: str | None = None
+    family: str | None = None
     adapter: str = DEFAULT_ADAPTER
     state: str = DEFAULT_STATE
     dtype: str | None = None
     tie: bool | None = None
     seed: int = 0
-    revision: str | None = None
-    family: str | None = None
 
 
 class EvaluateRecipe(BaseModel):
@@ -76,8 +78,13 @@ class CalibrateRecipe(BaseModel):
 
 @dataclass(frozen=True)
 class RetrofitRecipe:
+    """
+    Attributes:
+        heal: the runs, in turn.
+    """
+
     convert: ConvertRecipe
-    heal: HealRecipe
+    heal: tuple[HealRecipe, ...]
     calibrate: CalibrateRecipe
     evaluate: EvaluateRecipe
 
@@ -91,16 +98,17 @@ def read_retrofit_recipe(file: str | Path, **changes: Any) -> RetrofitRecipe:
     content = read_yaml(file)
     unknown = set(content) - SECTIONS - RECORDS
     if unknown:
-        raise RedepthError(f"recipe {file} has an unknown section {min(unknown)!r}; use {', '.join(sorted(SECTIONS))}")
-    for section in ("convert", "heal"):
-        if not isinstance(content.get(section), dict):
-            raise RedepthError(f"recipe {file} has no section {section!r}")
-    healing = content["heal"] | {key: value for key, value in changes.items() if value is not None}
-    if changes.get("data") is not None:
-        healing.pop("phases", None)
+        raise RedepthError(
+            f"recipe {file} has an unknown section {min(map(str, unknown))!r}; use {', '.join(sorted(SECTIONS))}"
+        )
+    if not isinstance(content.get("convert"), dict):
+        raise RedepthError(f"recipe {file} has no section 'convert'; name the source in it")
+    runs = heal_runs(content, file)
+    if len(runs) > 1 and any(value is not None for value in changes.values()):
+        raise RedepthError(f"recipe {file} has {len(runs)} runs in its section 'heal'; change them there, not by flags")
     return RetrofitRecipe(
         fill(ConvertRecipe, content["convert"], f"{file}: convert"),
-        fill(HealRecipe, healing, f"{file}: heal"),
+        tuple(fill(HealRecipe, laid_over(run, changes), f"{file}: heal") for run in runs),
         fill(CalibrateRecipe, content.get("calibrate") or {}, f"{file}: calibrate"),
         fill(EvaluateRecipe, content.get("evaluate") or {}, f"{file}: evaluate"),
     )
@@ -119,17 +127,20 @@ def retrofit(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RedepthError("retrofit is for one process; convert first, then run redepth heal in several")
-    folder = Path(out)
-    recover(folder)
+    target = CheckpointFolder(out)
+    folder = target.path
     tell = on_progress or (lambda record: None)
-    _convert(recipe.convert, folder, tell)
-    if not (folder / HEALING_FILE).exists():
-        heal(folder, recipe.heal, on_progress=tell, on_preflight=on_preflight)
-    elif read_recipe(folder).get("heal") != recipe.heal.model_dump(mode="json"):
-        raise RedepthError(f"{folder} was healed by another recipe; give another folder")
-    if read_config(folder)[0].depth_profile is None:
-        _calibrate(recipe, folder, tell)
-    return _evaluate(recipe, folder, tell)
+    with target.locked():
+        _convert(recipe.convert, folder, tell)
+        finished_run(target)
+        done = [fill(HealRecipe, run, f"{folder / RECIPE_FILE}: heal") for run in read_heal_recipes(folder)]
+        if tuple(done) != recipe.heal[: len(done)]:
+            raise RedepthError(f"{folder} was healed by another recipe; give another folder")
+        for number in range(len(done), len(recipe.heal)):
+            heal(folder, recipe.heal[number], on_progress=tell, on_preflight=on_preflight, further=number > 0)
+        if read_config(folder)[0].depth_profile is None:
+            _calibrate(recipe, folder, tell)
+        return _evaluate(recipe, folder, tell)
 
 
 def _convert(recipe: ConvertRecipe, folder: Path, tell: Callable[[Progress], None]) -> None:
@@ -153,7 +164,7 @@ def _held_out(healing: HealRecipe, folder: Path) -> tuple[torch.Tensor, str]:
 
 
 def _calibrate(recipe: RetrofitRecipe, folder: Path, tell: Callable[[Progress], None]) -> None:
-    held_out, name = _held_out(recipe.heal, folder)
+    held_out, name = _held_out(recipe.heal[-1], folder)
     calibrate(
         folder,
         held_out[: recipe.calibrate.rows],
@@ -165,7 +176,7 @@ def _calibrate(recipe: RetrofitRecipe, folder: Path, tell: Callable[[Progress], 
 
 
 def _evaluate(recipe: RetrofitRecipe, folder: Path, tell: Callable[[Progress], None]) -> Evaluation:
-    wanted, healing = recipe.evaluate, recipe.heal
+    wanted, healing = recipe.evaluate, recipe.heal[-1]
     rows = wanted.rows or healing.eval_rows
     if rows > healing.eval_rows and healing.validation is None and healing.data_names != PYTHON_DOCS:
         raise RedepthError(
@@ -183,6 +194,7 @@ def _evaluate(recipe: RetrofitRecipe, folder: Path, tell: Callable[[Progress], N
         wanted.depths,
         on_row=lambda number, total: tell(Progress("evaluate", number / total)),
     )
-    write_json(folder / EVALUATION_FILE, asdict(evaluation))
-    write_card(folder)
+    with CheckpointFolder(folder).updating() as stage:
+        write_json(stage / EVALUATION_FILE, asdict(evaluation))
+        write_card(stage, base=folder)
     return evaluation

@@ -32,7 +32,7 @@ from .checkpoints import RUN_FILE, seal
 from .curriculum import depth_of_step, learning_rate_factor, mean_recurrence
 from .distillation import Teacher
 from .guard import SpikeGuard
-from .optim import muon_with_adamw, set_adapter_rate, trainer_optimizer_name, without_lora
+from .optim import muon_with_adamw, set_adapter_rate, set_trainable, trainer_optimizer_name, without_lora
 from .recipe import HealRecipe
 from .supervision import AnswerTally, EarnedDepth, deepest_of, supervised_inputs
 
@@ -308,10 +308,10 @@ class HealTrainer(Trainer):
             self.accelerator.unwrap_model(self.model),
             options=StateDictOptions(full_state_dict=True, cpu_offload=True),
         )
-        model = RecurrentDepthForCausalLM(self.plain_model().config)
+        model = set_trainable(RecurrentDepthForCausalLM(self.plain_model().config), self.recipe)
         if self.args.should_save:  # the others are given nothing
             model.load_state_dict(weights)
-        return model
+        return without_lora(model)
 
     def _mean_depth(self) -> float:
         if self.recipe.depth_sampling in ("log-normal-poisson", "fixed"):

@@ -104,6 +104,8 @@ class Attention(nn.Module):
         if context.cache is not None:
             key, value = context.cache.update(key, value, self.layer_idx, step, context.subset)
         mask = context.masks[self.layer_type]
+        if context.wants("attention-map", self.layer_idx, step):
+            context.watched("attention-map", self.layer_idx, step, self._map(query, key, value, mask))
         if context.cache is None and gains_from_own_backward(self.config._attn_implementation, value, mask):
             # Norms of q and k widen them under autocast; v has the dtype of the products.
             query, key = query.to(value.dtype), key.to(value.dtype)
@@ -122,6 +124,15 @@ class Attention(nn.Module):
             **self.soft_cap,
         )
         return self.proj(mixed.flatten(2))
+
+    def _map(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The probabilities `[B, H, T, S]`, which other attention than the eager one does not give."""
+        if mask is None:  # all is causal
+            new, stored = query.shape[2], key.shape[2]
+            mask = torch.ones(new, stored, dtype=torch.bool, device=query.device).tril(stored - new)[None, None]
+        return eager_attention(self, query, key, value, mask, self.scaling, **self.soft_cap)[1]
 
 
 class LruMixer(LruBlock):
@@ -148,8 +159,8 @@ class LruMixer(LruBlock):
         inputs = align_right(self.linear_x(x), reading.order, dim=1)
         if timeline.real is not None:
             inputs = inputs * timeline.real[..., None]
-        mixed = self.convolve(self.with_past(inputs, timeline, memory), timeline)
-        added, decay = self.rg_lru.gated(mixed, timeline)
+        mixed = self.conv_1d(self.with_past(inputs, timeline, memory), timeline)
+        added, decay = self.rg_lru(mixed, timeline)
         h = scan_on(added, decay, timeline, memory)
         cache.lru_slots.write(self.layer_idx, TokenWrites(inputs, added, decay))
         return self.linear_out(times(gate, align_right(h, reading.restore, dim=1).to(gate.dtype)))
@@ -167,9 +178,9 @@ class LruMixer(LruBlock):
         before = slots.writes_of(self.layer_idx)
         inputs = before.inputs.index_put(where, self.linear_x(x)[subset.real])
         memory = cache.lru_state(self.layer_idx, step, timeline)
-        mixed = self.convolve(self.with_past(inputs, timeline, memory), timeline)[where]
+        mixed = self.conv_1d(self.with_past(inputs, timeline, memory), timeline)[where]
         starts = where[1] == 0 if timeline.fresh else timeline.starts[where] if timeline.starts is not None else None
-        added, decay = self.rg_lru.gated(mixed[None], Timeline(starts=starts[None] if starts is not None else None))
+        added, decay = self.rg_lru(mixed[None], Timeline(starts=starts[None] if starts is not None else None))
         added, decay = before.added.index_put(where, added[0]), before.decay.index_put(where, decay[0])
         h = scan_on(added, decay, timeline, memory)[rows, at]
         slots.write(self.layer_idx, TokenWrites(inputs, added, decay))
@@ -200,6 +211,7 @@ class Block(GradientCheckpointingLayer):
     def __init__(self, config: RecurrentDepthConfig, layer: int) -> None:
         super().__init__()
         self.placement = config.norm_placement
+        self.layer_idx = layer
         # Which of the two a layer has is told by its tensors' names as well.
         if config.layer_type(layer) == LRU_LAYER:
             self.recurrence = LruMixer(config, layer)
@@ -217,16 +229,24 @@ class Block(GradientCheckpointingLayer):
 
     def forward(self, x: torch.Tensor, context: PassContext, step: int = 0) -> torch.Tensor:
         """`x` is `[B, T, D]`; `step` counts from 1 in the core and is 0 elsewhere. Returns `[B, T, D]`."""
-        mix = self.recurrence if hasattr(self, "recurrence") else self.attn
         context = context.to(x.device)
         if self.placement == "pre":
-            x = x + mix(self.norm_1(x), context, step)
-            return x + self.mlp(self.norm_2(x))
-        if self.placement == "post":
-            x = x + self.norm_1(mix(x, context, step))
-            return x + self.norm_2(self.mlp(x))
-        if self.placement == "sandwich":
-            x = x + self.norm_2(mix(self.norm_1(x), context, step))
-            return x + self.norm_4(self.mlp(self.norm_3(x)))
-        x = self.norm_2(x + mix(self.norm_1(x), context, step))
-        return self.norm_4(x + self.mlp(self.norm_3(x)))
+            x = x + self._mix(self.norm_1(x), context, step)
+            x = x + self._mlp(self.norm_2(x), context, step)
+        elif self.placement == "post":
+            x = x + self.norm_1(self._mix(x, context, step))
+            x = x + self.norm_2(self._mlp(x, context, step))
+        elif self.placement == "sandwich":
+            x = x + self.norm_2(self._mix(self.norm_1(x), context, step))
+            x = x + self.norm_4(self._mlp(self.norm_3(x), context, step))
+        else:
+            x = self.norm_2(x + self._mix(self.norm_1(x), context, step))
+            x = self.norm_4(x + self._mlp(self.norm_3(x), context, step))
+        return context.watched("layer", self.layer_idx, step, x)
+
+    def _mix(self, x: torch.Tensor, context: PassContext, step: int) -> torch.Tensor:
+        mixer = self.recurrence if hasattr(self, "recurrence") else self.attn
+        return context.watched("attention", self.layer_idx, step, mixer(x, context, step))
+
+    def _mlp(self, x: torch.Tensor, context: PassContext, step: int) -> torch.Tensor:
+        return context.watched("mlp", self.layer_idx, step, self.mlp(x))

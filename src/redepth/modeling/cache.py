@@ -5,16 +5,18 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
+from transformers.utils import is_tracing
 
-from .cache_rules import parse_cache_rule
+from .cache_rules import CacheRule, known_rule, parse_cache_rule
 from .cache_slots import CacheSlot
+from .errors import UserError
 from .lru_mixer import Timeline
 from .lru_slots import LruSlots
 from .lru_state import LruState
-from .tokens import TokenSubset
+from .tokens import TokenSubset, surely
 
 # What a cache keeps for each row beside its slots.
-ROW_WISE = ("steps_run", "padding_mask", "last_state")
+ROW_WISE = ("steps_run", "padding_mask", "documents", "last_state")
 
 
 class RecurrentDepthCache(Cache):
@@ -42,12 +44,15 @@ class RecurrentDepthCache(Cache):
     """
 
     def __init__(self, config: Any, rule: str | None = None) -> None:
-        super().__init__(layers=[])
-        self.rule = parse_cache_rule(rule if rule is not None else config.cache_rule)
         self.slots: dict[tuple[int, int], CacheSlot] = {}
+        super().__init__(layers=[])
+        # By name: an exporter takes a cache apart into plain values and tensors.
+        self.rule_name = parse_cache_rule(rule if rule is not None else config.cache_rule).name
         self.length = 0
         # Which stored tokens are padding, [batch, length]; None while none is known to be.
         self.padding_mask: torch.Tensor | None = None
+        # Which document of its row each stored token belongs to, counted from 0, [batch, length]; None while all to one.
+        self.documents: torch.Tensor | None = None
         # The number of steps that each stored token ran, [batch, length].
         self.steps_run: torch.Tensor | None = None
         # s_r of each row's last token, [batch, 1, width], for a warm start; None after a crop.
@@ -56,18 +61,33 @@ class RecurrentDepthCache(Cache):
         self.lru: LruSlots | None = None
         if config.has_lru:
             if self.rule.missing != "refuse" and self.rule.name != "latest":
-                raise ValueError(
+                raise UserError(
                     f"cache rule {self.rule.name!r} can't go with recurrent layers, whose states hold every token; use 'latest'"
                 )
             self.lru = LruSlots(config.conv1d_width, stands_in=self.rule.missing == "latest")
         self._steps_in_pass = 0
 
+    @property
+    def rule(self) -> CacheRule:
+        return known_rule(self.rule_name)
+
+    @property
+    def layers(self) -> list[Any]:
+        """The slots as transformers counts layers, in the order of their first use."""
+        return list(self.slots.values())
+
+    @layers.setter
+    def layers(self, value: list[Any]) -> None:
+        """transformers sets an empty list at the start; the slots are all there is."""
+
     def check_steps(self, num_steps: int) -> None:
         """Refuse, before any compute, a depth that the stored tokens can't serve under this rule."""
         needed = self.rule.places(num_steps) if self.rule.missing == "refuse" else 1
-        shallowest = needed if self.steps_run is None or not self.length else int(self.steps_run.min())
+        if self.steps_run is None or not self.length or is_tracing(self.steps_run):
+            return
+        shallowest = int(self.steps_run.min())
         if shallowest < needed:
-            raise ValueError(
+            raise UserError(
                 f"num_steps={num_steps} under cache rule {self.rule.name!r} needs earlier tokens that ran at least {needed} "
                 f"steps, but one ran {shallowest}; use cache_rule='latest' or start from an empty cache"
             )
@@ -83,9 +103,11 @@ class RecurrentDepthCache(Cache):
         """
         if self.rule.missing != "skip":
             return None
-        past = [] if self.steps_run is None else [self.steps_run.expand(len(steps_in_pass), -1)]
+        past = []
+        if self.steps_run is not None:
+            past = [self.steps_run.expand(len(steps_in_pass), -1).to(steps_in_pass.device)]
         present = torch.cat([*past, steps_in_pass], dim=1) >= self.rule.place(step)
-        return None if bool(present.all()) else present
+        return None if surely(present.all()) else present
 
     def update(
         self,
@@ -130,7 +152,6 @@ class RecurrentDepthCache(Cache):
     def _slot(self, layer: int, step: int) -> CacheSlot:
         if (layer, step) not in self.slots:
             self.slots[layer, step] = CacheSlot()
-            self.layers.append(self.slots[layer, step])
         return self.slots[layer, step]
 
     def commit(self, latent_states: torch.Tensor, steps_run: torch.Tensor | None = None) -> None:
@@ -144,7 +165,7 @@ class RecurrentDepthCache(Cache):
         if steps_run is None:
             steps_run = torch.full((rows, tokens), self._steps_in_pass, device=latent_states.device)
         past = [] if self.steps_run is None else [self.steps_run]
-        self.steps_run = torch.cat([*past, steps_run], dim=1)
+        self.steps_run = torch.cat([*past, steps_run.to(latent_states.device)], dim=1)
         self._remember_last(latent_states.detach())
         if self.lru is not None:
             self.lru.commit(tokens)
@@ -166,7 +187,7 @@ class RecurrentDepthCache(Cache):
         elif not bool(real.all()):
             self.padding_mask = real.long()
         assert self.steps_run is not None
-        self.steps_run = torch.cat([self.steps_run, steps_run], dim=1)
+        self.steps_run = torch.cat([self.steps_run, steps_run.to(self.steps_run.device)], dim=1)
         self.length, self.last_state, self._steps_in_pass = end, None, 0
         for slot in self.slots.values():
             slot.crop_to(end)
@@ -175,7 +196,7 @@ class RecurrentDepthCache(Cache):
         if self.padding_mask is None:
             self.last_state = latent_states[:, -1:].clone()
             return
-        real = self.padding_mask[:, -latent_states.shape[1] :].bool()
+        real = self.padding_mask[:, -latent_states.shape[1] :].bool().to(latent_states.device)
         order = torch.arange(1, real.shape[1] + 1, device=real.device)
         last = (real * order).argmax(1)
         newest = latent_states[torch.arange(len(last), device=real.device), last][:, None]
@@ -191,6 +212,24 @@ class RecurrentDepthCache(Cache):
             past = self.padding_mask[:, : self.length]
             self.padding_mask = torch.cat([past, past.new_ones(past.shape[0], num_tokens)], dim=1)
         return self.padding_mask
+
+    def extend_documents(self, starts: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:
+        """The documents of stored and new tokens, `[batch, stored + new]`; None while there is one a row.
+
+        Args:
+            starts: `[batch, new]`, where another document begins; None where none does.
+        """
+        if starts is None and self.documents is None:
+            return None
+        if self.documents is not None:
+            past = self.documents[:, : self.length]
+        else:
+            assert starts is not None
+            past = torch.zeros(len(starts), self.length, dtype=torch.long, device=starts.device)
+        last = past[:, -1:] if self.length else past.new_zeros(len(past), 1)
+        new = last.expand(-1, num_tokens) if starts is None else last + starts.cumsum(1)
+        self.documents = torch.cat([past, new], dim=1)
+        return self.documents
 
     def memory_bytes(self) -> int:
         """Bytes held by keys, values and recurrent states, reserved room included."""
@@ -223,7 +262,7 @@ class RecurrentDepthCache(Cache):
                 recurrent layers did not record, see `activate_past_recording`.
         """
         if tokens_to_remove > 0:
-            raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+            raise UserError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
         if self.lru is not None:
             self.lru.crop(tokens_to_remove)
         if tokens_to_remove < 0:
@@ -231,15 +270,15 @@ class RecurrentDepthCache(Cache):
         self.length = max(self.length + tokens_to_remove, 0)
         for slot in self.slots.values():
             slot.crop_to(self.length)
-        self._change(("steps_run", "padding_mask"), lambda tokens: tokens[:, : self.length])
+        self._change(("steps_run", "padding_mask", "documents"), lambda tokens: tokens[:, : self.length])
 
     def reset(self) -> None:
         super().reset()
         self.slots.clear()
-        self.layers.clear()
         if self.lru is not None:
             self.lru.reset()
-        self.length, self.steps_run, self.padding_mask, self.last_state = 0, None, None, None
+        self.length = 0
+        self._change(ROW_WISE, lambda kept: None)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
@@ -258,7 +297,7 @@ class RecurrentDepthCache(Cache):
         if self.lru is not None:
             self.lru.map_rows(change)
 
-    def _change(self, names: tuple[str, ...], change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def _change(self, names: tuple[str, ...], change: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
         """Apply a change to what is kept beside the slots, where there is any."""
         for name in names:
             kept = getattr(self, name)

@@ -4,6 +4,8 @@ import difflib
 import re
 from dataclasses import dataclass
 
+from .errors import UserError
+
 KNOWN_RULES = "full, latest, skip, ring-N, first-R-then-last, or latest or skip joined to one of the last two by a +"
 
 
@@ -48,6 +50,8 @@ def parse_cache_rule(rule: str) -> CacheRule:
     Raises:
         ValueError: for a rule that redepth does not know.
     """
+    if not isinstance(rule, str):
+        raise UserError(f"unknown cache rule {rule!r}; use {KNOWN_RULES}")
     name = _published_name(rule)
     parts = name.split("+")
     if name == "full":
@@ -62,4 +66,14 @@ def parse_cache_rule(rule: str) -> CacheRule:
         rule, ("full", "latest", "skip", "ring-4", "latest+ring-4", "first-8-then-last"), 1
     )
     hint = f"did you mean {near[0]!r}?" if near else f"use {KNOWN_RULES}"
-    raise ValueError(f"unknown cache rule {rule!r}; {hint}")
+    raise UserError(f"unknown cache rule {rule!r}; {hint}")
+
+
+_KNOWN: dict[str, CacheRule] = {}
+
+
+def known_rule(name: str) -> CacheRule:
+    """`parse_cache_rule` of a name that redepth wrote itself, read once."""
+    if name not in _KNOWN:
+        _KNOWN[name] = parse_cache_rule(name)
+    return _KNOWN[name]

@@ -1,5 +1,6 @@
 """Keys and values of one layer at one step, of a depth-recurrent model's cache."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,35 +12,64 @@ from .tokens import TokenSubset
 class CacheSlot(CacheLayerMixin):
     """Keys and values of one layer at one step, `[batch, kv_heads, tokens, head_dim]`.
 
-    The storage is contiguous and doubles when it is full, so that decoding does not copy the past at every token.
+    The storage is contiguous and doubles when it is full, so that decoding does not copy the past at every token; `keys`
+    and `values` are views of what is written.
     """
 
     is_croppable = True
 
     def __init__(self) -> None:
-        super().__init__()
         self.length = 0
+        self._storage: dict[str, torch.Tensor] = {}
+        super().__init__()
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        return self._written("keys")
+
+    @keys.setter
+    def keys(self, value: torch.Tensor | None) -> None:
+        self._store("keys", value)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        return self._written("values")
+
+    @values.setter
+    def values(self, value: torch.Tensor | None) -> None:
+        self._store("values", value)
+
+    def _written(self, name: str) -> torch.Tensor | None:
+        return self._storage[name][:, :, : self.length] if name in self._storage else None
+
+    def _store(self, name: str, value: torch.Tensor | None) -> None:
+        """Put other storage in place; transformers sets both to None at the start."""
+        if value is None:
+            self._storage.pop(name, None)
+        else:
+            self._storage[name] = value
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self._start_empty(len(key_states), key_states, value_states)
 
     def _start_empty(self, batch: int, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.keys = key_states.new_empty(batch, key_states.shape[1], 0, key_states.shape[3])
-        self.values = value_states.new_empty(batch, value_states.shape[1], 0, value_states.shape[3])
+        for name, new in (("keys", key_states), ("values", value_states)):
+            self._storage[name] = new.new_empty(batch, new.shape[1], 0, new.shape[3])
         self.is_initialized = True
 
     def _reserve(self, length: int) -> None:
-        assert self.keys is not None and self.values is not None
-        capacity = self.keys.shape[2]
+        capacity = self._storage["keys"].shape[2]
         if length <= capacity:
             return
         # A first prefill is stored exactly; from then on room doubles.
         capacity = length if capacity == 0 else max(length, 2 * capacity)
-        for name in ("keys", "values"):
-            old = getattr(self, name)
+        for name, old in self._storage.items():
             new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
             new[:, :, : self.length] = old[:, :, : self.length]
-            setattr(self, name, new)
+            self._storage[name] = new
+
+    def _up_to(self, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._storage["keys"][:, :, :end], self._storage["values"][:, :, :end]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, start: int = 0, *args: Any, **kwargs: Any
@@ -49,11 +79,10 @@ class CacheSlot(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         end = start + key_states.shape[2]
         self._reserve(end)
-        assert self.keys is not None and self.values is not None
-        self.keys[:, :, start:end] = key_states
-        self.values[:, :, start:end] = value_states
+        for stored, new in zip(self._up_to(end), (key_states, value_states), strict=True):
+            stored[:, :, start:] = new
         self.length = max(self.length, end)
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return self._up_to(end)
 
     def update_subset(
         self, key_states: torch.Tensor, value_states: torch.Tensor, start: int, subset: TokenSubset
@@ -71,12 +100,10 @@ class CacheSlot(CacheLayerMixin):
         places = start + subset.positions
         end = start + subset.tokens
         self._extend(end)
-        assert self.keys is not None
-        assert self.values is not None
+        keys, values = self._up_to(end)
         rows = subset.rows[:, None].expand_as(places)[subset.real]
-        self.keys[rows, :, places[subset.real]] = key_states.transpose(1, 2)[subset.real]
-        self.values[rows, :, places[subset.real]] = value_states.transpose(1, 2)[subset.real]
-        keys, values = self.keys[:, :, :end], self.values[:, :, :end]
+        keys[rows, :, places[subset.real]] = key_states.transpose(1, 2)[subset.real]
+        values[rows, :, places[subset.real]] = value_states.transpose(1, 2)[subset.real]
         # A view where every row is there; a copy where some have left.
         return (keys, values) if len(subset.rows) == len(keys) else (keys[subset.rows], values[subset.rows])
 
@@ -85,9 +112,8 @@ class CacheSlot(CacheLayerMixin):
         if end <= self.length:
             return
         self._reserve(end)
-        assert self.keys is not None and self.values is not None
-        self.keys[:, :, self.length : end] = 0
-        self.values[:, :, self.length : end] = 0
+        for stored in self._up_to(end):
+            stored[:, :, self.length :] = 0
         self.length = end
 
     def fill_from(self, shallower: "CacheSlot", end: int) -> None:
@@ -95,14 +121,12 @@ class CacheSlot(CacheLayerMixin):
         if self.length >= end:
             return
         start = self.length
-        assert shallower.keys is not None and shallower.values is not None
-        self.update(shallower.keys[:, :, start:end], shallower.values[:, :, start:end], start)
+        keys, values = (part[:, :, start:] for part in shallower._up_to(end))
+        self.update(keys, values, start)
 
     def memory_bytes(self) -> int:
-        if not self.is_initialized:
-            return 0
-        assert self.keys is not None and self.values is not None
-        return self.keys.nbytes + self.values.nbytes
+        """Reserved room included."""
+        return sum(part.nbytes for part in self._storage.values())
 
     def get_seq_length(self) -> int:
         return self.length
@@ -120,13 +144,12 @@ class CacheSlot(CacheLayerMixin):
         self.crop_to(self.length - abs(tokens_to_remove))
 
     def reset(self) -> None:
-        self.keys = self.values = None
+        self._storage.clear()
         self.length = 0
         self.is_initialized = False
 
-    def _map_rows(self, change: Any) -> None:
-        if self.is_initialized:
-            self.keys, self.values = change(self.keys), change(self.values)
+    def _map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._storage = {name: change(part) for name, part in self._storage.items()}
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
@@ -135,4 +158,4 @@ class CacheSlot(CacheLayerMixin):
         self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._map_rows(lambda rows: rows[indices])
+        self._map_rows(lambda rows: rows[indices.to(rows.device)])

@@ -7,9 +7,25 @@ redepth's own keys; their defaults describe Huginn-0125, so a published config n
 from typing import Any, Literal
 
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
+
+from .config_checks import check_fields
+from .errors import UserError
+
+logger = logging.get_logger(__name__)
+
 
 # The published names among them mean the same.
-STATE_MODES = {"noise": "noise", "like-init": "noise", "zeros": "zeros", "zero": "zeros", "embed": "embed"}
+STATE_MODES = {
+    "noise": "noise",
+    "random": "noise",
+    "like-init": "noise",
+    "zeros": "zeros",
+    "zero": "zeros",
+    "embed": "embed",
+    "embed-init": "embed",
+    "skip-adapter": "skip-adapter",
+}
 # The three groups of layers, and the modules of the stack that hold them.
 GROUP_MODULES = {"prelude": "prelude", "core": "core_block", "coda": "coda"}
 # The layer type of a recurrence in time; transformers allows no name of ours.
@@ -40,7 +56,8 @@ class RecurrentDepthConfig(PreTrainedConfig):
         proj_bias, mlp_bias (`bool`): bias on attention's output projection, and on the mlp's projections.
         query_scale (`float`, *optional*): factor on q·k, `head_dim ** -0.5` by default.
         norm_before_coda (`bool`): whether `ln_f` is applied to the last state before the coda, as Huginn does.
-        initial_state_mode (`str`): s_0 is `noise`, `zeros`, or `embed` (the prelude's output e).
+        initial_state_mode (`str`): s_0 is `noise`, `zeros`, or `embed` (the prelude's output e); `skip-adapter` is `embed`, and
+            the first step runs the core on e itself, without the adapter.
         state_std, state_scale (`float`, *optional*): noise is a normal cut at ±3 std with this std, times the scale;
             `init_values["std"]` and `init_values["embed_scale"]` by default.
         state_seed (`int`): seed of the noise outside training; position t's noise depends on (seed, t) alone.
@@ -116,6 +133,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
     init_values: dict[str, float] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_fields(self)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.n_heads
         if self.head_dim is None:
@@ -128,14 +146,11 @@ class RecurrentDepthConfig(PreTrainedConfig):
         theta = kwargs.get("rope_theta") or self.rope_base
         if self.rope_parameters is None and not kwargs.get("rope_scaling"):
             self.rope_parameters = {"rope_type": "default", "rope_theta": float(theta)}
+        if kwargs.get("test_time_noise"):
+            logger.warning(f"test_time_noise={kwargs['test_time_noise']} is not added to states here; none is")
         published_state = kwargs.pop("state_init", None)
         if published_state is not None and self.initial_state_mode == "noise":
             self.initial_state_mode = published_state
-        if self.initial_state_mode not in STATE_MODES:
-            raise ValueError(
-                f"initial_state_mode is {self.initial_state_mode!r}; redepth knows {', '.join(STATE_MODES)}"
-            )
-        self.initial_state_mode = STATE_MODES[self.initial_state_mode]
         std = (2 / (5 * self.n_embd)) ** 0.5
         effective_depth = (
             self.n_layers_in_prelude + self.n_layers_in_coda + self.n_layers_in_recurrent_block * self.mean_recurrence
@@ -149,6 +164,14 @@ class RecurrentDepthConfig(PreTrainedConfig):
         self.init_values = published_start | (self.init_values or {})
         super().__post_init__(**kwargs)
         self.validate_architecture()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, with the longest text under transformers' own name as well.
+
+        Where this class is not known, as for a tokenizer, the file is read as a plain configuration, and that one looks
+        for the name to check a rope that was stretched.
+        """
+        return super().to_dict() | {"max_position_embeddings": self.block_size}
 
     @property
     def embed_scale(self) -> float:
@@ -177,24 +200,31 @@ class RecurrentDepthConfig(PreTrainedConfig):
         return self.rope_layers[layer] if self.rope_layers is not None else True
 
     def validate_architecture(self) -> None:
-        """Raise ValueError for a config that no model can have; transformers calls it again before it saves."""
+        """Raise ValueError for a config that no model can have, and give s_0 its plain name.
+
+        transformers calls it again before it saves, `from_pretrained` after it overrode fields.
+        """
+        check_fields(self)
+        if self.initial_state_mode not in STATE_MODES:
+            raise UserError(
+                f"initial_state_mode is {self.initial_state_mode!r}; redepth knows {', '.join(STATE_MODES)}"
+            )
+        self.initial_state_mode = STATE_MODES[self.initial_state_mode]
         if self.n_layers_in_recurrent_block < 1:
-            raise ValueError(
+            raise UserError(
                 f"n_layers_in_recurrent_block is {self.n_layers_in_recurrent_block}, but the core needs at least 1 layer"
             )
         if self.num_key_value_heads and self.n_heads % self.num_key_value_heads:
-            raise ValueError(
+            raise UserError(
                 f"n_heads ({self.n_heads}) is not a multiple of num_key_value_heads ({self.num_key_value_heads})"
             )
         if self.head_dim and self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim}, but rotary positions need an even number")
+            raise UserError(f"head_dim is {self.head_dim}, but rotary positions need an even number")
         for name in ("layer_types", "rope_layers"):
             values = getattr(self, name)
             if values is not None and len(values) != self.n_layers:
-                raise ValueError(f"{name} has {len(values)} entries, but the model has {self.n_layers} unique layers")
+                raise UserError(f"{name} has {len(values)} entries, but the model has {self.n_layers} unique layers")
         if self.layer_types is not None and "sliding_attention" in self.layer_types and not self.sliding_window:
-            raise ValueError("layer_types names sliding_attention, but sliding_window is not set; set it in tokens")
+            raise UserError("layer_types names sliding_attention, but sliding_window is not set; set it in tokens")
         if self.has_lru and (not self.lru_width or self.lru_width % self.n_heads):
-            raise ValueError(f"lru_width ({self.lru_width}) is not a multiple of n_heads ({self.n_heads})")
-        if self.conv1d_width < 1:
-            raise ValueError(f"conv1d_width is {self.conv1d_width}, but a convolution has at least 1 tap")
+            raise UserError(f"lru_width ({self.lru_width}) is not a multiple of n_heads ({self.n_heads})")

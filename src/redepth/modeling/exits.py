@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from .errors import UserError
+
 # (new, old) → what is held against the threshold, `[N]`; states are [N, D], logits [N, V] in fp32.
 Measure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -88,7 +90,7 @@ def find_exit_test(criterion: str | ExitTest | Measure) -> ExitTest:
     if criterion not in EXIT_TESTS:
         near = difflib.get_close_matches(str(criterion), EXIT_TESTS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(EXIT_TESTS)}"
-        raise ValueError(f"unknown exit criterion {criterion!r}; {hint}")
+        raise UserError(f"unknown exit criterion {criterion!r}; {hint}")
     return EXIT_TESTS[criterion]
 
 

@@ -9,10 +9,11 @@ from transformers.utils import ModelOutput, logging
 
 from .cache import RecurrentDepthCache
 from .configuration import RecurrentDepthConfig
+from .errors import UserError
 from .exits import ExitTest, Measure
 from .policy import POLICY_KEYWORDS, DepthPolicy, take_policy_keywords
-from .ragged import check_numbers
 from .speculation import speculative_decoding
+from .tokens import check_ids, check_numbers
 from .wavefront import wavefront_decoding
 
 logger = logging.get_logger(__name__)
@@ -36,7 +37,7 @@ class RecurrentDepthGeneration(GenerationMixin):
     ) -> None:
         """Give generate() the one cache that knows about steps."""
         if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ValueError(
+            raise UserError(
                 f"cache_implementation={generation_config.cache_implementation!r} is not supported by a depth-recurrent "
                 "model; leave it out and choose a cache_rule instead"
             )
@@ -45,10 +46,22 @@ class RecurrentDepthGeneration(GenerationMixin):
             if generation_config.is_assistant:
                 model_kwargs["past_key_values"].activate_past_recording()
 
+    def _prepare_generated_length(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """Stop where the model's room ends: the last token that is generated is not run, so that it needs none."""
+        prepared: Any = super()._prepare_generated_length(generation_config, *args, **kwargs)  # type: ignore[misc]
+        most = self.config.block_size + 1
+        if kwargs["input_ids_length"] < most < prepared.max_length:
+            logger.warning(
+                f"this model allows {self.config.block_size} tokens (block_size); the text ends there, at the latest after "
+                f"{most - kwargs['input_ids_length']} new tokens"
+            )
+            prepared.max_length = most
+        return prepared
+
     def _get_candidate_generator(self, **arguments: Any) -> Any:  # type: ignore[override]
         """An assistant goes as deep as its own config says: it may be another model, with no depth at all."""
         own = {name: value for name, value in arguments["model_kwargs"].items() if name != "policy"}
-        return super()._get_candidate_generator(**arguments | {"model_kwargs": own})
+        return super()._get_candidate_generator(**arguments | {"model_kwargs": own})  # type: ignore[misc]
 
     def generate(  # type: ignore[override]
         self,
@@ -69,11 +82,14 @@ class RecurrentDepthGeneration(GenerationMixin):
 
         Returns:
             as `generate`; with `return_dict_in_generate=True` the output has `stats`, of which `num_steps` `[B, tokens]` is
-            the steps of each token in the cache.
+            the steps of each token in the cache, and `is_full` says that the text ended because `block_size` was reached.
 
         Raises:
             ValueError: for policies that exclude each other, before any compute, and as `forward`.
         """
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if ids is not None:
+            check_ids(ids, self.config.vocab_size)
         keywords = take_policy_keywords(kwargs)
         cache = kwargs.get("past_key_values")
         if policy is None:
@@ -81,9 +97,14 @@ class RecurrentDepthGeneration(GenerationMixin):
             keywords = self._settings_of(generation_config) | keywords
             policy = DepthPolicy.resolve(self.config, held_rule=held_rule, **keywords)
         elif keywords:
-            raise ValueError(f"give either a policy or {min(keywords)}, and not both")
+            raise UserError(f"give either a policy or {min(keywords)}, and not both")
         arguments = kwargs | {"custom_generate": custom_generate, "assistant_model": assistant_model}
         policy.check_beside(arguments)
+        # Watchers (record, patch) hang in the stack.
+        if getattr(self, "transformer").watchers:  # noqa: B009
+            beams = kwargs.get("num_beams") or getattr(generation_config or self.generation_config, "num_beams", None)
+            if not policy.is_one_token_at_a_time or (beams or 1) > 1:
+                raise UserError("record and patch follow plain decoding; leave draft_steps, sampler and num_beams out")
         self._warn_outside_calibration(policy.num_steps)
         arguments["policy"] = policy
         if policy.is_one_token_at_a_time:
@@ -92,11 +113,13 @@ class RecurrentDepthGeneration(GenerationMixin):
             decode = speculative_decoding if policy.wavefront is None else wavefront_decoding
             # transformers hands no streamer to a decoding method of one's own.
             arguments["custom_generate"] = partial(decode, streamer=streamer)
-        transformers_generate: Any = super().generate
+        transformers_generate: Any = super().generate  # type: ignore[misc]
         output = transformers_generate(inputs, generation_config, streamer=streamer, **arguments)
-        plain = isinstance(output, ModelOutput) and "stats" not in output
-        if plain and output.get("past_key_values") is not None:
-            output["stats"] = {"num_steps": output["past_key_values"].steps_run}
+        if isinstance(output, ModelOutput):
+            if "stats" not in output:
+                cache = output.get("past_key_values")
+                output["stats"] = {} if cache is None else {"num_steps": cache.steps_run}
+            output["stats"]["is_full"] = output["sequences"].shape[1] > self.config.block_size
         return output
 
     def _settings_of(self, generation_config: Any) -> dict[str, Any]:
@@ -141,7 +164,7 @@ class RecurrentDepthGeneration(GenerationMixin):
         known = {"lookup_strategy"}
         unknown = set(cache_kwargs or {}) - known
         if unknown:
-            raise ValueError(f"cache_kwargs has {min(unknown)!r}, but only {', '.join(known)} is known")
+            raise UserError(f"cache_kwargs has {min(unknown)!r}, but only {', '.join(known)} is known")
         rule = (cache_kwargs or {}).get("lookup_strategy")
         # Without a criterion a call is a plain generate; with one, `latest` is what the published rule comes down to.
         if criterion in (None, "none"):

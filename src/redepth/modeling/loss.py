@@ -59,12 +59,13 @@ class _SummedInChunks(torch.autograd.Function):
 
 def chunked_cross_entropy(
     hidden: torch.Tensor,
-    labels: torch.Tensor,
+    labels: torch.Tensor | None,
     logits_of: Callable[[torch.Tensor], torch.Tensor],
     vocab_size: int,
     num_items: torch.Tensor | int | None = None,
     token_loss: TokenLoss = cross_entropy_of_tokens,
     parameters: Iterable[torch.Tensor] = (),
+    shift_labels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Next-token loss, its logits made a few tokens at a time.
 
@@ -78,11 +79,16 @@ def chunked_cross_entropy(
         num_items: what the summed loss is divided by; the number of labels by default.
         token_loss: the loss of some tokens, where it is not the plain cross-entropy.
         parameters: what `logits_of` reads besides its argument; those without requires_grad are passed over.
+        shift_labels: `[B, T]`, each token's target itself, in place of `labels`.
 
     Returns:
         the loss in nats, a scalar in fp32.
     """
-    states, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(hidden.device)
+    if shift_labels is None:
+        assert labels is not None
+        states, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(hidden.device)
+    else:
+        states, targets = hidden.flatten(0, 1), shift_labels.flatten().to(hidden.device)
     places = (targets != -100).nonzero()[:, 0]
     if len(places) < len(targets):
         states, targets = states[places], targets[places]

@@ -54,6 +54,19 @@ class Timeline:
     real: torch.Tensor | None = None
     # The reordering that puts new padding left of the stored inputs, `[B, C - 1 + T]`.
     input_order: torch.Tensor | None = None
+    # Whether columns were moved to put padding left, so that they are not the caller's.
+    reordered: bool = False
+
+    def croppable_after(self, before: int, tokens: int) -> int:
+        """How many of the caller's columns can be taken back after this pass over `tokens`, if all of it is recorded.
+
+        Args:
+            before: how many could before it.
+        """
+        if self.real is None:
+            return before + tokens
+        # Beside padding a column is a token of every row or can't be taken back.
+        return 0 if self.reordered else int(self.real.all(0).flip(0).long().cumprod(0).sum())
 
 
 class RGLRU(nn.Module):
@@ -87,7 +100,7 @@ class RGLRU(nn.Module):
         gate = gate.to(torch.float32, memory_format=torch.contiguous_format).reshape(x.shape)
         return gate.sigmoid() if gate.requires_grad else gate.sigmoid_()
 
-    def gated(self, x: torch.Tensor, timeline: Timeline) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, timeline: Timeline) -> tuple[torch.Tensor, torch.Tensor]:
         """What the recurrence adds and by what it fades: √(1 − a²) (i x) and a, `[B, T, R]` each, in fp32."""
         log_a = self._gate(x, self.recurrent_gate_weight, self.recurrent_gate_bias)
         log_a = times(log_a, -DECAY_POWER * nn.functional.softplus(self.recurrent_param.float()))
@@ -107,24 +120,14 @@ class RGLRU(nn.Module):
         return added, a
 
 
-class LruBlock(nn.Module):
-    """Griffin's recurrent block: a short causal convolution and the RG-LRU, gated by a second branch."""
+class CausalConv(nn.Conv1d):
+    """The short convolution before the recurrence, with its weights under their published names."""
 
-    def __init__(self, width: int, lru_width: int, heads: int, taps: int, activation: str) -> None:
-        super().__init__()
-        self.linear_y = nn.Linear(width, lru_width)
-        self.linear_x = nn.Linear(width, lru_width)
-        self.linear_out = nn.Linear(lru_width, width)
-        # Holds the weights under their published names; `convolve` computes with them.
-        self.conv_1d = nn.Conv1d(lru_width, lru_width, taps, groups=lru_width)
-        self.rg_lru = RGLRU(lru_width, heads)
-        self.act_fn = ACT2FN[activation]
-
-    def convolve(self, inputs: torch.Tensor, timeline: Timeline) -> torch.Tensor:
+    def forward(self, inputs: torch.Tensor, timeline: Timeline) -> torch.Tensor:  # type: ignore[override]
         """Channelwise causal convolution of `inputs` `[B, C - 1 + T, R]`; returns `[B, T, R]` in fp32."""
-        assert self.conv_1d.bias is not None
-        weight, bias, inputs = self.conv_1d.weight[:, 0].float(), self.conv_1d.bias.float(), inputs.float()
-        tokens = inputs.shape[1] - self.conv_1d.kernel_size[0] + 1
+        assert self.bias is not None
+        weight, bias, inputs = self.weight[:, 0].float(), self.bias.float(), inputs.float()
+        tokens = inputs.shape[1] - self.kernel_size[0] + 1
         if tokens == 1 and timeline.since_start is None:
             # Decoding is a matter of how many small operations there are.
             return (inputs * weight.T).sum(1, keepdim=True) + bias
@@ -137,6 +140,19 @@ class LruBlock(nn.Module):
                 reached = reached * (timeline.since_start >= distance)[..., None]
             out.addcmul_(reached, taps[start])
         return out
+
+
+class LruBlock(nn.Module):
+    """Griffin's recurrent block: a short causal convolution and the RG-LRU, gated by a second branch."""
+
+    def __init__(self, width: int, lru_width: int, heads: int, taps: int, activation: str) -> None:
+        super().__init__()
+        self.linear_y = nn.Linear(width, lru_width)
+        self.linear_x = nn.Linear(width, lru_width)
+        self.linear_out = nn.Linear(lru_width, width)
+        self.conv_1d = CausalConv(lru_width, lru_width, taps, groups=lru_width)
+        self.rg_lru = RGLRU(lru_width, heads)
+        self.act_fn = ACT2FN[activation]
 
     def with_past(self, x: torch.Tensor, timeline: Timeline, memory: LruState | None) -> torch.Tensor:
         """The convolution's inputs, `[B, C - 1 + T, R]`: x `[B, T, R]` after those remembered, or zeros."""
@@ -160,8 +176,9 @@ class LruBlock(nn.Module):
             return out
         if timeline.real is not None:
             x = x * timeline.real[..., None]
-        mixed = self.convolve(self.with_past(x, timeline, memory), timeline)
-        return scan_on(*self.rg_lru.gated(mixed, timeline), timeline, memory).to(x.dtype)
+        mixed = self.conv_1d(self.with_past(x, timeline, memory), timeline)
+        added, decay = self.rg_lru(mixed, timeline)
+        return scan_on(added, decay, timeline, memory).to(x.dtype)
 
 
 def scan_on(added: torch.Tensor, decay: torch.Tensor, timeline: Timeline, memory: LruState | None) -> torch.Tensor:

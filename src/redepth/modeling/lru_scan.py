@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .errors import UserError
+
 # The registry of operators is global, and a checkpoint's copy of this file may be loaded beside the package's own.
 _OPERATOR = "redepth::" + "".join(c if c.isalnum() else "_" for c in __name__)
 
@@ -55,12 +57,12 @@ def _checked(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The inputs in the dtype of the recurrence, with the resets written into a."""
     if x.ndim != 3 or a.shape != x.shape:
-        raise ValueError(f"x and a must both be [batch, tokens, channels], got {list(x.shape)} and {list(a.shape)}")
+        raise UserError(f"x and a must both be [batch, tokens, channels], got {list(x.shape)} and {list(a.shape)}")
     batch, tokens, channels = x.shape
     if h0 is not None and h0.shape != (batch, channels):
-        raise ValueError(f"h0 must be [{batch}, {channels}], got {list(h0.shape)}")
+        raise UserError(f"h0 must be [{batch}, {channels}], got {list(h0.shape)}")
     if reset is not None and (reset.shape != (batch, tokens) or reset.dtype != torch.bool):
-        raise ValueError(f"reset must be bool [{batch}, {tokens}], got {reset.dtype} {list(reset.shape)}")
+        raise UserError(f"reset must be bool [{batch}, {tokens}], got {reset.dtype} {list(reset.shape)}")
     dtype = torch.float64 if torch.float64 in (x.dtype, a.dtype) else torch.float32
     x, a = x.to(dtype), a.to(dtype)
     if reset is not None:

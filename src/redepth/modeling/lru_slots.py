@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from .errors import UserError
 from .lru_mixer import Timeline, scan_on
 from .lru_state import LruState, RowChange
-from .tokens import padding_back, padding_first
+from .tokens import padding_back, padding_first, stands_left, surely
 
 
 @dataclass
@@ -37,8 +38,7 @@ def reading_order(
     past: int,
     taps: int,
     mask: torch.Tensor | None,
-    positions: torch.Tensor | None,
-    cached: bool,
+    documents: torch.Tensor | None,
     device: torch.device,
 ) -> ReadingOrder:
     """Where texts start and padding stands in one pass.
@@ -46,40 +46,36 @@ def reading_order(
     Args:
         taps: C.
         mask: `[B, past + T]`, 1 for tokens and 0 for padding; None if all are tokens.
-        positions: `[B or 1, T]`, as the caller gave them, which may mark several documents in a row.
+        documents: `[B, T]`, where another document begins; None if none does.
 
     Raises:
-        ValueError: for a second document in a row beside a mask or a cache, which transformers' masks do not tell apart.
+        ValueError: for another document in a row that holds padding too.
     """
-    documents = None
     real = mask[:, -tokens:].bool() if mask is not None else None
-    if positions is not None and tokens > 1:
-        goes_on = torch.diff(positions.expand(batch, -1), dim=1) == 1
-        if real is not None:
-            goes_on = goes_on | ~real[:, 1:] | ~real[:, :-1]
-        if not bool(goes_on.all()):
-            if cached or mask is not None:
-                raise ValueError(
-                    "position_ids start a second document in a row, which a recurrent layer can't honour beside a cache "
-                    "or an attention_mask; pass use_cache=False and no mask"
-                )
-            documents = torch.nn.functional.pad(~goes_on, (1, 0), value=True)
     if documents is not None:
+        if mask is not None and surely(~mask.bool().all()):
+            raise UserError(
+                "position_ids begin another document in a row with padding, which a recurrent layer can't honour; leave the "
+                "padding out"
+            )
         at = torch.arange(tokens, device=device)
-        since_start = at - torch.where(documents, at, 0).cummax(1).values
-        return ReadingOrder(Timeline(starts=documents, since_start=since_start))
+        since_start = at - torch.where(documents, at, -past).cummax(1).values
+        starts = documents
+        if past == 0:
+            starts = documents | (at == 0)
+        return ReadingOrder(Timeline(starts=starts, since_start=since_start))
     if mask is None:
         return ReadingOrder(Timeline(fresh=past == 0))
 
     assert real is not None
     order = restore = input_order = None
     read = mask[:, :past].sum(1, keepdim=True)
-    if bool(real.all()):
+    if surely(real.all()):
         starts = (read == 0) & (torch.arange(tokens, device=device) == 0)
-        fresh = bool(starts[:, 0].all())
-        return ReadingOrder(Timeline(fresh=fresh, starts=starts if not fresh and bool(starts.any()) else None))
+        fresh = surely(starts[:, 0].all())
+        return ReadingOrder(Timeline(fresh=fresh, starts=starts if not fresh and not surely(~starts.any()) else None))
     order = padding_first(real)
-    if torch.equal(order, torch.arange(tokens, device=device).expand_as(order)):
+    if stands_left(order):
         order = None
     else:
         restore = padding_back(real)
@@ -88,7 +84,8 @@ def reading_order(
     if past:
         held = torch.ones(batch, taps - 1, dtype=torch.bool, device=device)
         input_order = padding_first(torch.cat([held, real], 1))
-    timeline = Timeline(starts=starts if bool(starts.any()) else None, real=real, input_order=input_order)
+    timeline = Timeline(starts=None if surely(~starts.any()) else starts, real=real, input_order=input_order)
+    timeline.reordered = order is not None
     return ReadingOrder(timeline, order, restore)
 
 
@@ -155,9 +152,11 @@ class LruSlots:
             scan_on(writes.added, writes.decay, timeline, moved)
             self._next[layer, place] = moved
         self.memories |= self._next
-        # Beside padding, a count of columns does not say how many tokens to take back.
-        unpadded = all(timeline.real is None for timeline in self._timelines.values())
-        self.croppable = self.croppable + tokens if self.recording and unpadded else 0
+        if not self.recording:
+            self.croppable = 0
+        else:
+            timeline = next(iter(self._timelines.values()), Timeline())
+            self.croppable = timeline.croppable_after(self.croppable, tokens)
         self._start_pass()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -167,7 +166,7 @@ class LruSlots:
             ValueError: for tokens that were not recorded: a state can't be taken back.
         """
         if -tokens_to_remove > self.croppable:
-            raise ValueError(
+            raise UserError(
                 f"can't crop {-tokens_to_remove} tokens: the recurrent layers recorded {self.croppable} since the last "
                 "crop or padding; call activate_past_recording() before feeding them"
             )

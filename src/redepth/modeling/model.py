@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput, logging
 
 from .cache import RecurrentDepthCache
 from .configuration import RecurrentDepthConfig
+from .errors import UserError
 from .exits import ExitTest, Measure
 from .generation import RecurrentDepthGeneration
 from .loss import TokenLoss, chunked_cross_entropy, cross_entropy_of_tokens
@@ -25,7 +26,18 @@ from .stack import RecurrentStack
 logger = logging.get_logger(__name__)
 
 # What the Trainer and generate() pass along besides the named arguments.
-TAKEN_ARGUMENTS = {"num_items_in_batch", "output_attentions", "tokenizer", "assistant_tokenizer"}
+TAKEN_ARGUMENTS = {
+    "num_items_in_batch",
+    "output_attentions",
+    "tokenizer",
+    "assistant_tokenizer",
+    # Of DataCollatorWithFlattening, which say what its position_ids say.
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+    "seq_idx",
+}
 # A checkpoint's copy of this file meets versions of transformers that did not exist when it was written.
 IS_EXPORTED = not __name__.startswith("redepth.")
 
@@ -184,6 +196,7 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, RecurrentDepthGen
         inputs_embeds: torch.Tensor | None = None,
         input_states: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
         policy: DepthPolicy | None = None,
         num_steps: int | tuple[int, int] | torch.Tensor | None = None,
         criterion: str | ExitTest | Measure | None = None,
@@ -207,7 +220,7 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, RecurrentDepthGen
             input_ids: `[B, T]`; or `inputs_embeds` `[B, T, D]`.
             attention_mask: `[B, S]`, 1 for tokens and 0 for padding, on either side.
             input_states: s_0 `[B, T, D]`, in place of the config's initial state.
-            labels: `[B, T]`, shifted inside; -100 is left out of the loss.
+            labels: `[B, T]`, shifted inside; -100 is left out of the loss. `shift_labels` are taken as they are.
             policy: how deep to go; or its keywords `num_steps`, `criterion`, `exit_threshold`, `min_steps`,
                 `continuous_compute`, `state_seed` and `cache_rule`, which `DepthPolicy.resolve` explains.
             logits_to_keep: how many last tokens get logits, 0 for all, or their indices.
@@ -222,6 +235,11 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, RecurrentDepthGen
             TypeError: for an unknown argument or a cache of another model.
         """
         check_arguments(kwargs)
+        if kwargs.get("output_attentions", self.config.output_attentions):
+            raise UserError(
+                "output_attentions is not supported, as an argument or in the config; a core layer has one attention map for "
+                "each step"
+            )
         keywords = {
             "num_steps": num_steps,
             "criterion": criterion,
@@ -246,28 +264,38 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, RecurrentDepthGen
             **{name: value for name, value in keywords.items() if value is not None},
         )
         hidden, logits, loss = outputs.last_hidden_state, None, None
-        if loss_only and (labels is not None or step_labels is not None):
-            asked = step_labels if step_labels is not None else labels[:, None]  # type: ignore[index]
-            weights = list(step_weights) if step_weights is not None else [1.0] * asked.shape[1]
+        has_labels = labels is not None or shift_labels is not None
+        items = kwargs.get("num_items_in_batch")
+        if loss_only and (has_labels or step_labels is not None):
+            left = outputs.step_hidden_states or (hidden,)
+            asked = [labels] * len(left) if step_labels is None else step_labels.unbind(1)
+            weights = list(step_weights) if step_weights is not None else [1.0] * len(left)
             losses = [
                 chunked_cross_entropy(
-                    left,
-                    asked[:, step],
+                    hidden_of_step,
+                    labels_of_step,
                     self.logits,
                     self.config.vocab_size,
-                    kwargs.get("num_items_in_batch"),
+                    items,
                     token_loss,
                     parameters=self.lm_head.parameters(),
+                    shift_labels=shift_labels if step_labels is None else None,
                 )
-                for step, left in enumerate(outputs.step_hidden_states or (hidden,))
+                for hidden_of_step, labels_of_step in zip(left, asked, strict=True)
             ]
             shares = torch.tensor(weights, device=losses[0].device) / sum(weights)
             loss = (torch.stack(losses) * shares).sum()
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.logits(hidden[:, kept])
-            if labels is not None:
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            if has_labels:
+                loss = self.loss_function(
+                    logits=logits,
+                    labels=labels,
+                    vocab_size=self.config.vocab_size,
+                    num_items_in_batch=items,
+                    shift_labels=shift_labels,
+                )
         output = RecurrentDepthOutput(
             loss=loss,
             logits=logits,
@@ -286,14 +314,11 @@ def check_arguments(unnamed: dict[str, Any]) -> None:
     Raises:
         TypeError: for an argument that redepth does not know; a checkpoint's own copy of the code warns once instead, so
             that an argument added to transformers later does not break it.
-        ValueError: for attention maps.
     """
     for name in sorted(set(unnamed) - TAKEN_ARGUMENTS):
         if not IS_EXPORTED:
             raise TypeError(f"forward() got an unknown argument {name!r}; see its documentation")
         logger.warning_once(f"forward() got an unknown argument {name!r}, which is ignored")
-    if unnamed.get("output_attentions"):
-        raise ValueError("output_attentions is not supported; a core layer has one attention map for each step")
 
 
 # transformers then copies these modules into every folder it saves, so that the folder loads without redepth.

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.utils import is_tracing
 
 from .cache import RecurrentDepthCache
 from .configuration import LRU_LAYER, RecurrentDepthConfig
+from .errors import UserError
 from .lru_slots import ReadingOrder, reading_order
 from .rotary import rotations
-from .tokens import TokenSubset
+from .tokens import TokenSubset, surely
 
 MASK_MAKERS = {
     "full_attention": create_causal_mask,
@@ -32,7 +34,9 @@ class PassContext:
         subset: the tokens of this call, where they are not all of the pass.
         steps_run: `[B, T]`, under a criterion: the steps that the tokens have run so far.
         reading: how recurrent layers read the columns of the pass; None where there are none.
-        continued: whether the first step starts from a state that was carried over, in place of s_0.
+        watchers: see `RecurrentStack.watchers`.
+        continued: whether the first step starts from a state that was carried over, in place of s_0; or `[B, T]`, which
+            tokens' does.
     """
 
     masks: dict[str, Any]
@@ -42,7 +46,8 @@ class PassContext:
     subset: TokenSubset | None = None
     steps_run: torch.Tensor | None = None
     reading: ReadingOrder | None = None
-    continued: bool = False
+    continued: bool | torch.Tensor = False
+    watchers: tuple[Any, ...] = ()
     # Copies on other devices, so that a model spread over several moves each context there once.
     _elsewhere: dict[torch.device, "PassContext"] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -55,14 +60,24 @@ class PassContext:
         if device == self.position_ids.device:
             return self
         if device not in self._elsewhere:
-            kept = {"cache": self.cache}
-            moved = {
+            kept: dict[str, Any] = {"cache": self.cache, "watchers": self.watchers}
+            moved: dict[str, Any] = {
                 part.name: _moved(getattr(self, part.name), device, non_blocking)
                 for part in fields(self)
                 if part.init and part.name not in kept
             }
             self._elsewhere[device] = PassContext(**kept, **moved)
         return self._elsewhere[device]
+
+    def watched(self, part: str, layer: int | None, step: int, value: torch.Tensor) -> torch.Tensor:
+        """What goes on in the place of a part's value: the same, unless a watcher puts another there."""
+        for watcher in self.watchers:
+            value = watcher(part, layer, step, value, self)
+        return value
+
+    def wants(self, part: str, layer: int | None, step: int) -> bool:
+        """Whether a watcher asks for a part that is not worked out otherwise."""
+        return any(watcher.wants(part, layer, step) for watcher in self.watchers)
 
     def gather(self, subset: TokenSubset) -> "PassContext":
         """The context of some tokens of a pass; masks must be written out, `[B or 1, 1, T, S]`."""
@@ -107,6 +122,37 @@ def _hide(mask: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
     return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
 
 
+def document_starts(position_ids: torch.Tensor, mask: torch.Tensor | None, past: int) -> torch.Tensor | None:
+    """Where in a pass another document begins, `[B, T]`, bool; None where none does.
+
+    Args:
+        position_ids: `[B, T]`, as the caller gave them.
+        mask: `[B, past + T]`, 1 for tokens and 0 for padding, next to which no document begins.
+        past: how many tokens are stored.
+    """
+    if position_ids.shape[1] == 1:
+        return None
+    starts = torch.nn.functional.pad(torch.diff(position_ids, dim=1) != 1, (1, 0))
+    if past:
+        starts[:, 0] = position_ids[:, 0] == 0
+    if mask is not None:
+        real = mask[:, -position_ids.shape[1] :].bool()
+        before = mask[:, past - 1 : -1].bool() if past else torch.nn.functional.pad(real[:, :-1], (1, 0))
+        starts &= real & before
+    return None if surely(~starts.any()) else starts
+
+
+def _within_documents(mask: Any, documents: torch.Tensor) -> torch.Tensor:
+    """A mask `[B or 1, 1, T, S]`, bool or additive, without the keys of other documents, which `[B, S]` tells apart."""
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 4:
+        raise UserError(
+            "position_ids begin another document beside padding or a cache that holds one, which needs attention of kind "
+            "sdpa or eager; load the model with attn_implementation='sdpa'"
+        )
+    same = (documents[:, None, -mask.shape[2] :, None] == documents[:, None, None, :]).to(mask.device)
+    return mask & same if mask.dtype == torch.bool else mask.masked_fill(~same, torch.finfo(mask.dtype).min)
+
+
 def check_cache(config: RecurrentDepthConfig, cache: Any) -> None:
     """Raises TypeError or ValueError for a cache that this model can't read."""
     if cache is not None and not isinstance(cache, RecurrentDepthCache):
@@ -115,13 +161,13 @@ def check_cache(config: RecurrentDepthConfig, cache: Any) -> None:
             "leave it out to get one"
         )
     if cache is not None and (cache.lru is not None) != config.has_lru:
-        raise ValueError("past_key_values was made for a model with other layers; leave it out to get a fitting one")
+        raise UserError("past_key_values was made for a model with other layers; leave it out to get a fitting one")
 
 
 def check_length(config: RecurrentDepthConfig, tokens: int) -> None:
-    """Raises ValueError where a row has more tokens than the model allows."""
+    """Raises ValueError where a text has more tokens than the model allows."""
     if tokens > config.block_size:
-        raise ValueError(
+        raise UserError(
             f"{tokens} tokens are more than the {config.block_size} this model allows; shorten the prompt or "
             "generate fewer tokens"
         )
@@ -139,7 +185,8 @@ def pass_context(
 
     Args:
         attention_mask: `[B, S]`, 1 for tokens and 0 for padding, or `[B, 1, T, S]` as the attention takes it.
-        position_ids: `[B or 1, T]`; counted without padding by default.
+        position_ids: `[B or 1, T]`; counted without padding by default. Where they don't go on by one, another document
+            begins, which sees nothing of the one before; at a pass's first token only where they are 0.
         whole_masks: write masks out even where all is causal, so that tokens can be gathered from them.
 
     Raises:
@@ -150,27 +197,37 @@ def pass_context(
     batch, tokens, _ = hidden.shape
     past = cache.get_seq_length() if cache is not None else 0
     total = past + tokens
-    check_length(config, total)
     if attention_mask is not None and attention_mask.ndim == 2:
         if attention_mask.shape != (batch, total):
-            raise ValueError(
+            raise UserError(
                 f"attention_mask has shape {list(attention_mask.shape)}, but {past} stored and {tokens} new tokens "
                 f"in {batch} rows need [{batch}, {total}]"
             )
     elif attention_mask is not None and (attention_mask.ndim != 4 or config.layer_types is not None):
-        raise ValueError(
+        raise UserError(
             f"attention_mask has shape {list(attention_mask.shape)}; give [batch, tokens], or [batch, 1, new, all] "
             "to a model without sliding windows"
         )
     if cache is not None and (attention_mask is None or attention_mask.ndim == 2):
         attention_mask = cache.extend_padding_mask(attention_mask, tokens)
 
-    given_positions = position_ids
+    padding_mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+    starts = None
+    if position_ids is not None and (attention_mask is None or padding_mask is not None):
+        starts = document_starts(position_ids.expand(batch, -1), padding_mask, past)
     if position_ids is None:
-        if attention_mask is not None and attention_mask.ndim == 2:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
+        if padding_mask is not None:
+            position_ids = (padding_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
         else:
             position_ids = torch.arange(past, total, device=hidden.device)[None]
+    if total > config.block_size and not is_tracing(position_ids):
+        # Padding and other documents count for nothing.
+        check_length(config, int(position_ids.max()) + 1)
+    documents = None
+    if cache is not None:
+        documents = cache.extend_documents(starts, tokens)
+    elif starts is not None:
+        documents = starts.cumsum(1)
     attention_types = sorted(set(config.layer_types or ["full_attention"]) - {LRU_LAYER})
     reading = None
     if config.has_lru:
@@ -179,9 +236,8 @@ def pass_context(
             tokens,
             past,
             config.conv1d_width,
-            attention_mask,
-            given_positions,
-            cached=cache is not None,
+            padding_mask,
+            starts,
             device=hidden.device,
         )
     mask_inputs: dict[str, Any] = {
@@ -189,12 +245,20 @@ def pass_context(
         "inputs_embeds": hidden,
         "attention_mask": attention_mask,
         "past_key_values": cache,
-        # Only positions that the caller gave may mark packed documents.
-        "position_ids": given_positions,
         "allow_is_causal_skip": not whole_masks,
     }
+    whole_batch = padding_mask is None or starts is None or surely(padding_mask.all())
+    if starts is not None and past == 0 and whole_batch:
+        # transformers makes the masks of packed documents where nothing else is in a row.
+        mask_inputs |= {"attention_mask": None, "past_key_values": None, "position_ids": position_ids}
+        documents = None
+    elif documents is not None:
+        mask_inputs["allow_is_causal_skip"] = False
+    masks = {kind: MASK_MAKERS[kind](**mask_inputs) for kind in attention_types}
+    if documents is not None:
+        masks = {kind: _within_documents(mask, documents) for kind, mask in masks.items()}
     return PassContext(
-        masks={kind: MASK_MAKERS[kind](**mask_inputs) for kind in attention_types},
+        masks=masks,
         rotations={kind: rotations(config, position_ids, kind) for kind in attention_types},
         cache=cache,
         position_ids=position_ids,

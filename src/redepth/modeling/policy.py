@@ -15,6 +15,7 @@ import torch
 
 from .cache_rules import CacheRule, parse_cache_rule
 from .configuration import RecurrentDepthConfig
+from .errors import UserError
 from .exits import ExitTest, ExitTracker, Measure, find_exit_test
 
 EVERY_STEP = ("full", "latest")  # the rules that keep a token's steps apart, as a draft needs it
@@ -40,14 +41,12 @@ def split_num_steps(num_steps: Any, most: int | None = None) -> tuple[int, int]:
     else:
         counts = (0, given)
     if len(counts) != 2 or not all(_is_integer(count) for count in counts):
-        raise ValueError(f"num_steps takes an integer or a pair (without gradient, with gradient), got {num_steps!r}")
+        raise UserError(f"num_steps takes an integer or a pair (without gradient, with gradient), got {num_steps!r}")
     without, with_gradient = (operator.index(count) for count in counts)
     if min(without, with_gradient) < 0 or without + with_gradient < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps!r}")
+        raise UserError(f"num_steps must be at least 1, got {num_steps!r}")
     if most is not None and without + with_gradient > most:
-        raise ValueError(
-            f"num_steps is {num_steps!r}, but this model's max_num_steps is {most}; raise it in the config"
-        )
+        raise UserError(f"num_steps is {num_steps!r}, but this model's max_num_steps is {most}; raise it in the config")
     return without, with_gradient
 
 
@@ -102,15 +101,15 @@ class Wavefront:
         for name in ("headway", "inner_steps", "max_wavefront"):
             count = getattr(self, name)
             if not _is_integer(count) or count < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
+                raise UserError(f"{name} must be an integer of at least 1, got {count!r}")
         _check_threshold(self.exit_threshold)
         if not isinstance(self.noise_mix, (int, float)) or not 0 <= self.noise_mix < 1:
-            raise ValueError(f"noise_mix must be at least 0 and below 1, got {self.noise_mix!r}")
+            raise UserError(f"noise_mix must be at least 0 and below 1, got {self.noise_mix!r}")
 
 
 def _check_threshold(threshold: Any) -> None:
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not threshold > 0:
-        raise ValueError(f"exit_threshold must be 'auto' or above 0, got {threshold!r}")
+        raise UserError(f"exit_threshold must be 'auto' or above 0, got {threshold!r}")
 
 
 @dataclass(frozen=True)
@@ -195,7 +194,7 @@ class DepthPolicy:
             chosen = num_steps if num_steps is not None else config.default_num_steps
             without, with_gradient = split_num_steps(chosen, config.max_num_steps)
         total = without + with_gradient
-        settings = {
+        settings: dict[str, Any] = {
             "headway": headway,
             "inner_steps": inner_steps,
             "noise_mix": noise_mix,
@@ -204,48 +203,48 @@ class DepthPolicy:
         }
         settings = {name: value for name, value in settings.items() if value is not None}
         if draft_tokens is not None and draft_steps is None:
-            raise ValueError("draft_tokens needs draft_steps; give the depth of the draft")
+            raise UserError("draft_tokens needs draft_steps; give the depth of the draft")
         if draft_steps is not None or sampler is not None:
             name = "draft_steps" if sampler is None else f"sampler={sampler!r}"
             excluded = ["criterion"] if criterion is not None else []
             excluded += ["continuous_compute"] if continuous_compute else []
             excluded += ["draft_steps"] if sampler is not None and draft_steps is not None else []
             if config.has_lru:
-                raise ValueError(
+                raise UserError(
                     f"{name} can't go with recurrent layers, whose states can't be taken back; leave it out"
                 )
             if excluded:
-                raise ValueError(f"{name} can't go with {excluded[0]}; choose one of them")
+                raise UserError(f"{name} can't go with {excluded[0]}; choose one of them")
         wavefront = None
         if sampler is not None:
             if sampler != "wavefront":
-                raise ValueError(f"unknown sampler {sampler!r}; use 'wavefront', or leave it out")
+                raise UserError(f"unknown sampler {sampler!r}; use 'wavefront', or leave it out")
             if exit_threshold not in (None, "auto"):
                 settings["exit_threshold"] = exit_threshold
             wavefront = Wavefront(**settings)
         elif settings:
-            raise ValueError(f"{min(settings)} needs sampler='wavefront'; add it, or leave {min(settings)} out")
+            raise UserError(f"{min(settings)} needs sampler='wavefront'; add it, or leave {min(settings)} out")
         test = threshold = None
         if criterion is not None:
             test = find_exit_test(criterion)
             threshold = _threshold_of(config, test, criterion, exit_threshold)
             if without:
-                raise ValueError("a criterion is for inference; call model.eval() and give num_steps as one number")
+                raise UserError("a criterion is for inference; call model.eval() and give num_steps as one number")
         elif sampler is None and exit_threshold not in (None, "auto"):
-            raise ValueError(f"exit_threshold={exit_threshold!r} needs a criterion; add one, or leave it out")
+            raise UserError(f"exit_threshold={exit_threshold!r} needs a criterion; add one, or leave it out")
         if min_steps is not None and criterion is None:
-            raise ValueError(f"min_steps={min_steps!r} needs a criterion; add one, or leave it out")
+            raise UserError(f"min_steps={min_steps!r} needs a criterion; add one, or leave it out")
         least = 1 if min_steps is None else min_steps
         if not _is_integer(least) or not 1 <= least <= total:
-            raise ValueError(f"min_steps must be between 1 and num_steps ({total}), got {min_steps!r}")
+            raise UserError(f"min_steps must be between 1 and num_steps ({total}), got {min_steps!r}")
         rule = chosen_rule(config, cache_rule, held_rule, criterion is not None, draft_steps is not None, wavefront)
         if draft_steps is not None:
             if not _is_integer(draft_steps) or not 1 <= draft_steps < total:
-                raise ValueError(f"draft_steps must be between 1 and num_steps - 1 ({total - 1}), got {draft_steps!r}")
+                raise UserError(f"draft_steps must be between 1 and num_steps - 1 ({total - 1}), got {draft_steps!r}")
             if draft_tokens is not None and (not _is_integer(draft_tokens) or draft_tokens < 1):
-                raise ValueError(f"draft_tokens must be at least 1, got {draft_tokens!r}")
+                raise UserError(f"draft_tokens must be at least 1, got {draft_tokens!r}")
         if state_seed is not None and not _is_integer(state_seed):
-            raise ValueError(f"state_seed takes an integer, got {state_seed!r}")
+            raise UserError(f"state_seed takes an integer, got {state_seed!r}")
         return cls(
             num_steps=total,
             cache_rule=rule,
@@ -273,7 +272,7 @@ class DepthPolicy:
         excluded = [other for other in ONE_TOKEN_AT_A_TIME if arguments.get(other)]
         excluded += ["use_cache=False"] if arguments.get("use_cache") is False else []
         if excluded:
-            raise ValueError(f"{name} can't go with {excluded[0]}; choose one of them")
+            raise UserError(f"{name} can't go with {excluded[0]}; choose one of them")
 
     def tracker(self) -> ExitTracker | None:
         """What follows the exit test over one pass; None at a fixed depth."""
@@ -327,7 +326,7 @@ def _threshold_of(
         if calibrated is None:
             known = [wanted for wanted, value in by_agreement.items() if value is not None]
             hint = f"use {', '.join(known)} or a number" if known else "give a number, or run redepth calibrate"
-            raise ValueError(f"this checkpoint has no threshold of {criterion!r} for {exit_threshold!r}; {hint}")
+            raise UserError(f"this checkpoint has no threshold of {criterion!r} for {exit_threshold!r}; {hint}")
         return calibrated
     _check_threshold(exit_threshold)
     assert isinstance(exit_threshold, (int, float))
@@ -352,7 +351,7 @@ def chosen_rule(
     """
     if held is not None:
         if rule is not None and parse_cache_rule(rule) != held:
-            raise ValueError(
+            raise UserError(
                 f"cache_rule={rule!r} was asked for beside a cache of rule {held.name!r}; leave it out, or start from an "
                 "empty cache"
             )
@@ -363,13 +362,13 @@ def chosen_rule(
         return parse_cache_rule("latest")
     chosen = parse_cache_rule(rule if rule is not None else config.cache_rule)
     if wavefront is not None and chosen.name != WAVEFRONT_RULE:
-        raise ValueError(f"the wavefront sampler reads by cache rule {WAVEFRONT_RULE!r}, not {rule!r}")
+        raise UserError(f"the wavefront sampler reads by cache rule {WAVEFRONT_RULE!r}, not {rule!r}")
     if adaptive and chosen.missing == "refuse":
         # Recurrent layers take no combination of rules, so that `latest` alone is left.
         joined = "latest" if chosen.name == "full" or config.has_lru else f"latest+{chosen.name}"
-        raise ValueError(f"a criterion can't go with cache rule {rule!r}, which needs every step; use {joined!r}")
+        raise UserError(f"a criterion can't go with cache rule {rule!r}, which needs every step; use {joined!r}")
     if drafting and chosen.name not in EVERY_STEP:
-        raise ValueError(
+        raise UserError(
             f"draft_steps can't go with cache rule {chosen.name!r}: a draft's keys and values would be read as a deeper "
             f"step's; use one of {', '.join(EVERY_STEP)}"
         )

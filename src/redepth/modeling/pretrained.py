@@ -12,7 +12,7 @@ from .blocks import Attention
 from .configuration import RecurrentDepthConfig
 from .elementwise import RMSNorm
 from .lru_mixer import GATE_VARIANCE, RGLRU
-from .published import complete_config
+from .published import Kind, complete_config
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
@@ -24,6 +24,8 @@ class RecurrentDepthPreTrainedModel(PreTrainedModel):
     config: RecurrentDepthConfig
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
+    # The published kind that the checkpoint was found to be; None where its config says its switches itself.
+    published_kind: Kind | None = None
     _no_split_modules = ["Block"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
@@ -49,9 +51,14 @@ class RecurrentDepthPreTrainedModel(PreTrainedModel):
             config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **where)
             for key in set(kwargs) & set(config.to_dict()) - {"dtype"}:
                 setattr(config, key, kwargs.pop(key))
+            config.validate_architecture()
+        kind = None
         if pretrained_model_name_or_path is not None:
-            complete_config(config, pretrained_model_name_or_path, **where)
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+            kind = complete_config(config, pretrained_model_name_or_path, **where)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.published_kind = kind
+        return loaded
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -9,14 +9,10 @@ import torch
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .cache import RecurrentDepthCache
+from .errors import UserError
 from .passes import PassContext, ragged_context
 from .policy import DepthPolicy
-
-
-def check_numbers(logits: torch.Tensor) -> None:
-    """Raises ValueError where a logit is not a number."""
-    if bool(logits.isnan().any()):
-        raise ValueError("the model's logits are NaN; its weights are damaged, or its dtype is too narrow: try float32")
+from .tokens import check_numbers
 
 
 class RaggedRows:
@@ -36,11 +32,11 @@ class RaggedRows:
         self.settings = prepared["generation_config"]
         for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
             if self.settings.return_dict_in_generate and getattr(self.settings, name):
-                raise ValueError(f"{name}=True is not supported with draft_steps or a sampler; leave it out")
+                raise UserError(f"{name}=True is not supported with draft_steps or a sampler; leave it out")
         if self.settings.num_beams > 1:
-            raise ValueError(f"num_beams={self.settings.num_beams} is not supported with draft_steps or a sampler")
+            raise UserError(f"num_beams={self.settings.num_beams} is not supported with draft_steps or a sampler")
         if input_ids.shape[1] == 0 or prepared.get("inputs_embeds") is not None:
-            raise ValueError("draft_steps and samplers need a prompt of input_ids with at least one token")
+            raise UserError("draft_steps and samplers need a prompt of input_ids with at least one token")
         self.processors = prepared["logits_processor"]
         self.stopping = prepared["stopping_criteria"]
         self.streamer = prepared["streamer"]
@@ -74,6 +70,8 @@ class RaggedRows:
                 policy=policy.one_pass(),
                 logits_to_keep=1,
             )
+        if self.cache.documents is not None:
+            raise UserError("drafts and samplers can't go on from a prompt of several documents; leave them out")
         known = self.cache.padding_mask
         self.seen = known.bool() if known is not None else torch.ones_like(self.ids[:, : self.start], dtype=torch.bool)
         self.first_position = positions[:, -1] + 1 if positions is not None else self.seen.sum(1)

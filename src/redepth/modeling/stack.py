@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 from .blocks import Block, norm
 from .cache import RecurrentDepthCache
 from .configuration import RecurrentDepthConfig
+from .errors import UserError
 from .passes import PassContext, check_cache, pass_context
 from .policy import DepthPolicy
 from .pretrained import RecurrentDepthPreTrainedModel
@@ -40,6 +41,7 @@ class StackOutput(ModelOutput):
         past_key_values: the cache, where one is used.
         latent_states: s_r, `[B, T, D]`, as it enters the coda.
         hidden_states: see `RecurrentDepthOutput`.
+        attentions: always None; transformers' heads ask.
         stats: see `RecurrentDepthOutput`.
         step_hidden_states: with `supervised_steps`, what `last_hidden_state` would be after each of the last so many steps.
     """
@@ -48,6 +50,7 @@ class StackOutput(ModelOutput):
     past_key_values: RecurrentDepthCache | None = None
     latent_states: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: None = None
     stats: dict[str, Any] | None = None
     step_hidden_states: tuple[torch.Tensor, ...] | None = None
 
@@ -71,6 +74,10 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
         self.ln_f = norm(config, config.n_embd)
         # Training: keep only the states between steps, and run each step again in the backward pass.
         self.checkpoint_steps = False
+        # Each is told of every `forward` before it runs (`start_pass`), and called with (part, layer, step, value, context)
+        # as the parts come to be; what it gives back goes on in the value's place. A layer is counted over the whole
+        # stack; the step is 0 for the initial state and outside the core.
+        self.watchers: tuple[Any, ...] = ()
         self.post_init()
 
     def __getitem__(self, part: str) -> nn.Module:
@@ -100,7 +107,7 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
     def embed(self, input_ids: torch.Tensor | None = None, inputs_embeds: torch.Tensor | None = None) -> torch.Tensor:
         """Token embeddings times `embed_scale`, `[B, T, D]`; `inputs_embeds` are taken before the scale."""
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds, and not both")
+            raise UserError("give either input_ids or inputs_embeds, and not both")
         embedded = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         return embedded * self.config.embed_scale if self.config.embed_scale != 1 else embedded
 
@@ -155,8 +162,15 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
             record: takes every layer's output.
         """
         context = context.to(state.device).without_skipped(step, *state.shape[:2])
-        injected = self.adapter(torch.cat([state, embedded.to(state.device)], dim=-1))
-        return self.run_layers(self.core_block, injected, context, step, record)
+        embedded = embedded.to(state.device)
+        skips = self.config.initial_state_mode == "skip-adapter" and step == 1
+        if skips and context.continued is False:
+            injected = embedded
+        else:
+            injected = self.adapter(torch.cat([state, embedded], dim=-1))
+            if skips and isinstance(context.continued, torch.Tensor):
+                injected = torch.where(context.continued[..., None], injected, embedded.to(injected.device))
+        return context.watched("state", None, step, self.run_layers(self.core_block, injected, context, step, record))
 
     def run_fixed(
         self,
@@ -204,7 +218,7 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
         tracker = policy.tracker()
         assert tracker is not None
         if tracker.test.of_logits and read_logits is None:
-            raise ValueError(
+            raise UserError(
                 f"criterion {tracker.test.name!r} reads logits, which need a head; use latent-diff or cosine"
             )
         active = torch.ones(embedded.shape[:2], dtype=torch.bool, device=embedded.device)
@@ -283,7 +297,7 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and self.training and self.is_gradient_checkpointing:
-            raise ValueError("use_cache=True can't go with gradient checkpointing; pass use_cache=False")
+            raise UserError("use_cache=True can't go with gradient checkpointing; pass use_cache=False")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         cache = past_key_values
@@ -292,23 +306,23 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
         if policy is None:
             policy = DepthPolicy.resolve(self.config, held_rule=held_rule, training=self.training, **keywords)
         elif keywords:
-            raise ValueError(f"give either a policy or {min(keywords)}, and not both")
+            raise UserError(f"give either a policy or {min(keywords)}, and not both")
         elif held_rule is not None and held_rule != policy.cache_rule:
-            raise ValueError(
+            raise UserError(
                 f"the policy has cache_rule={policy.cache_rule.name!r}, but past_key_values keeps {held_rule.name!r}; "
                 f"resolve the policy with cache_rule={held_rule.name!r}, or leave the cache out"
             )
         if policy.test is not None:
             if output_hidden_states:
-                raise ValueError(
+                raise UserError(
                     "output_hidden_states can't go with a criterion; tokens run different numbers of layers"
                 )
             if torch.is_grad_enabled() and self.training:
-                raise ValueError("a criterion is for inference; call model.eval() and give num_steps as one number")
+                raise UserError("a criterion is for inference; call model.eval() and give num_steps as one number")
         if not 1 <= supervised_steps <= policy.num_steps:
-            raise ValueError(f"supervised_steps={supervised_steps} must be from 1 to num_steps={policy.num_steps}")
+            raise UserError(f"supervised_steps={supervised_steps} must be from 1 to num_steps={policy.num_steps}")
         if supervised_steps > 1 and (use_cache or cache is not None or policy.test is not None):
-            raise ValueError("supervised_steps is for training; pass use_cache=False, and no cache or criterion")
+            raise UserError("supervised_steps is for training; pass use_cache=False, and no cache or criterion")
         if cache is None and (use_cache or policy.test is not None):
             cache = RecurrentDepthCache(self.config, policy.cache_rule.name)
         carried = None
@@ -320,14 +334,18 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
         context = self.context(x, attention_mask, position_ids, cache, whole_masks)
         if cache is not None:
             cache.check_steps(policy.num_steps)
+        for watcher in self.watchers:
+            watcher.start_pass(x, context, policy.num_steps, attention_mask)
+        context.watchers = self.watchers
         record = [x] if output_hidden_states else None
-        embedded = self.run_prelude(x, context, record)
+        embedded = context.watched("embedded", None, 0, self.run_prelude(x, context, record))
         state = input_states
         if state is None and carried is not None and embedded.shape[1] == 1:
             state = carried.to(embedded.device)
         context.continued = state is not None
         if state is None:
             state = self.initial_state(embedded, context.position_ids, policy.state_seed)
+        state = context.watched("state", None, 0, state)
         steps_run = None
         left_before: list[torch.Tensor] = []
         stats: dict[str, Any] = {"num_steps": policy.num_steps}
@@ -359,7 +377,7 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
     def _carried_state(cache: RecurrentDepthCache | None) -> torch.Tensor | None:
         """s_r of the token before, `[B, 1, D]`; None at the start of a text."""
         if cache is None:
-            raise ValueError("continuous_compute=True needs a cache to carry the state; leave use_cache on")
+            raise UserError("continuous_compute=True needs a cache to carry the state; leave use_cache on")
         if cache.last_state is None and cache.get_seq_length():
-            raise ValueError("continuous_compute=True can't go on from a cropped cache, whose last state is gone")
+            raise UserError("continuous_compute=True can't go on from a cropped cache, whose last state is gone")
         return cache.last_state

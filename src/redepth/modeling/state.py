@@ -14,6 +14,11 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
     return (x >> 16) ^ x
 
 
+def lacks_fp64(device: torch.device) -> bool:
+    """Whether a device can't compute in double precision, on which a hash's even spread over the normal's tails rests."""
+    return device.type == "mps"
+
+
 def position_noise(seed: int, position_ids: torch.Tensor, width: int) -> torch.Tensor:
     """Normal noise cut at ±3, a function of (seed, position, channel) alone.
 
@@ -27,6 +32,8 @@ def position_noise(seed: int, position_ids: torch.Tensor, width: int) -> torch.T
     Returns:
         `[batch, tokens, width]` in fp32, unit variance before the cut.
     """
+    if lacks_fp64(position_ids.device):
+        return position_noise(seed, position_ids.cpu(), width).to(position_ids.device)
     channels = torch.arange(width, device=position_ids.device)
     start = _mix(torch.tensor(seed & _MASK_32, device=position_ids.device))
     positions = _mix(start ^ (position_ids.long() & _MASK_32))
@@ -51,7 +58,7 @@ def initial_state(
         seed: of a noise state; the config's by default.
         fresh: draw noise anew, for training.
     """
-    if config.initial_state_mode == "embed":
+    if config.initial_state_mode in ("embed", "skip-adapter"):
         return embedded
     if config.initial_state_mode == "zeros":
         return torch.zeros_like(embedded)

@@ -3,6 +3,20 @@
 from dataclasses import dataclass
 
 import torch
+from transformers.utils import is_tracing
+
+from .errors import UserError
+
+
+def surely(condition: torch.Tensor) -> bool:
+    """Whether a condition `[]` on data holds, for shortcuts; a compiler can't ask, and takes the general way."""
+    return not is_tracing(condition) and bool(condition)
+
+
+def check_numbers(logits: torch.Tensor) -> None:
+    """Raises ValueError where a logit is not a number."""
+    if bool(logits.isnan().any()):
+        raise UserError("the model's logits are NaN; its weights are damaged, or its dtype is too narrow: try float32")
 
 
 @dataclass
@@ -49,6 +63,11 @@ def align_right(rows: torch.Tensor, order: torch.Tensor | None, dim: int) -> tor
     return rows.gather(dim, order.view(shape).expand_as(rows))
 
 
+def stands_left(order: torch.Tensor) -> bool:
+    """Whether `padding_first`'s order moves nothing."""
+    return surely((order == torch.arange(order.shape[1], device=order.device)).all())
+
+
 def padding_first(real: torch.Tensor) -> torch.Tensor:
     """The order `[B, T]` that moves padding left of each row's tokens and keeps their order.
 
@@ -65,3 +84,22 @@ def padding_back(real: torch.Tensor) -> torch.Tensor:
     """
     tokens, counts = real.shape[1], real.cumsum(1)
     return (tokens - counts[:, -1:] + (counts - 1).clamp(min=0)).clamp(max=tokens - 1)
+
+
+def check_ids(ids: torch.Tensor, vocab_size: int, said: str = "the prompt") -> None:
+    """Refuse tokens that the model has no embedding for.
+
+    Args:
+        said: how the error names what was tokenised.
+
+    Raises:
+        UserError: naming the token.
+    """
+    if not ids.numel():
+        return
+    least, most = int(ids.min()), int(ids.max())
+    if least < 0 or most >= vocab_size:
+        raise UserError(
+            f"{said} holds token {least if least < 0 else most}, but the model's vocabulary has {vocab_size}; use the "
+            "model's own tokenizer"
+        )

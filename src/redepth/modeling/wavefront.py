@@ -87,8 +87,10 @@ def wavefront_decoding(
         begun = stack.initial_state(embedded, context.position_ids, policy.state_seed)
         old = torch.where((steps[every_row, index] == 0)[..., None], begun, states[every_row, index])
         state = (1 - settings.noise_mix) * old + settings.noise_mix * begun if settings.noise_mix else old
+        context.continued = steps[every_row, index] > 0
         for _ in range(settings.inner_steps):
             state = stack.step(embedded, state, context, 1)
+            context.continued = True
         picked = chooser.pick(model.read_logits(state, context), index + rows.start)
         moved = (state - old).float().norm(dim=-1) / state.float().norm(dim=-1)
         passes, core_passes = passes + 1, core_passes + int(real.sum()) * settings.inner_steps

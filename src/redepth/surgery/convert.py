@@ -10,15 +10,15 @@ import torch
 
 from redepth.checkpoint.card import write_card
 from redepth.checkpoint.cost import ParameterCount, count_parameters
-from redepth.checkpoint.folder import FAMILY_FILE, CheckpointFolder, write_recipe
-from redepth.checkpoint.shards import DEFAULT_SHARD_SIZE, EMBEDDING, HEAD, save_definition, write_shards
+from redepth.checkpoint.folder import DEFAULT_SHARD_SIZE, FAMILY_FILE, CheckpointFolder, write_recipe
+from redepth.checkpoint.shards import EMBEDDING, HEAD, save_definition, write_shards
 from redepth.checkpoint.sources import Source, open_source
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from redepth.runtime import parse_dtype
 
 from .families import Derived, Family, family_of
-from .plan import Plan, make_plan
+from .plan import DEFAULT_ADAPTER, DEFAULT_STATE, STATES, Plan, make_plan
 from .weights import (
     Entry,
     adapter_weight,
@@ -28,10 +28,7 @@ from .weights import (
     weight_table,
 )
 
-DEFAULT_ADAPTER = "blend:0.125"
-DEFAULT_STATE = "embed"
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-STATES = ("embed", "noise", "zeros")
 
 
 def recurrent_config(source: Source, family: Family, plan: Plan, **changes: Any) -> RecurrentDepthConfig:
@@ -132,6 +129,8 @@ class Conversion:
     def starts_equal(self) -> bool:
         """Whether a full cover with this start equals its source at r = 1."""
         kind, _ = parse_adapter(self.adapter)
+        if self.config.initial_state_mode == "skip-adapter":
+            return True
         return kind == "inject" or (kind == "blend" and self.config.initial_state_mode == "embed")
 
     @property
@@ -164,7 +163,17 @@ class Conversion:
 
         generator = torch.Generator().manual_seed(self.seed)
         adapter = adapter_weight(self.adapter, self.config.n_embd, self.dtype, generator)
-        yield from to_recurrent(self.table, read, adapter, self.dtype)
+        with torch.device("meta"):
+            shapes = {
+                name: tensor.shape for name, tensor in RecurrentDepthForCausalLM(self.config).state_dict().items()
+            }
+        for name, tensor in to_recurrent(self.table, read, adapter, self.dtype):
+            if tensor.shape != shapes[name]:
+                raise RedepthError(
+                    f"source {self.source.name!r}: {name} would have the shape {list(tensor.shape)}, but the source's config "
+                    f"implies {list(shapes[name])}; the two don't belong together"
+                )
+            yield name, tensor
 
     def model(self) -> RecurrentDepthForCausalLM:
         """The converted model in memory, in eval mode."""
@@ -246,7 +255,7 @@ def plan_conversion(
     family: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> Conversion:
-    """Decide a surgery without reading a tensor; see `convert` for the arguments."""
+    """Decide a surgery without reading a tensor; see `redepth.convert` for the arguments."""
     if not isinstance(source, Source):
         source = open_source(source, revision, trust_remote_code)
     chosen = family_of(source.config.model_type, family)
@@ -269,55 +278,3 @@ def plan_conversion(
         seed=seed,
         table=weight_table(chosen, plan, config),
     )
-
-
-def convert(
-    source: str | Path,
-    out: str | Path,
-    *,
-    prelude: str | None = None,
-    core: str | None = None,
-    coda: str | None = None,
-    adapter: str = DEFAULT_ADAPTER,
-    state: str = DEFAULT_STATE,
-    dtype: str | None = None,
-    tie: bool | None = None,
-    seed: int = 0,
-    revision: str | None = None,
-    family: str | Path | None = None,
-    trust_remote_code: bool = False,
-    overwrite: bool = False,
-    max_shard_size: str = DEFAULT_SHARD_SIZE,
-    on_tensor: Callable[[int, int], None] | None = None,
-) -> Conversion:
-    """Turn a pretrained decoder into a depth-recurrent one.
-
-    Tensors are read, fused and written one at a time; memory stays near one shard.
-
-    Args:
-        source: hub id, local folder, `.gguf` or `.pt` file, or built-in name.
-        out: folder to write; with `overwrite`, a checkpoint that redepth wrote may be there.
-        prelude, core, coda: source layers as Python slices, such as `"0:10"`. Without them every layer is kept and
-            the middle fifth is the core; with a core alone, what is before and after it.
-        adapter: how e and the state start out mixed: `inject` [0 | I], `blend:α` [αI | (1−α)I], or `random`.
-        state: s_0: `embed` (the prelude's output), `noise` or `zeros`.
-        dtype: `float32`, `bfloat16` or `float16`; the source's own by default (fp32 for GGUF).
-        tie: tie the head to the embedding or not; as in the source by default.
-        seed: of a random adapter.
-        revision: branch, tag or commit of a hub repository; the commit is recorded.
-        family: a YAML file that describes an architecture redepth has no family for; see docs/conversion.md.
-        trust_remote_code: let modelling code that comes with the source run.
-        max_shard_size: such as `"2GB"`.
-        on_tensor: called with (tensors done, tensors in all).
-
-    Returns:
-        the conversion that was carried out.
-
-    Raises:
-        RedepthError: for a source, plan or option that does not fit; nothing is left at `out`.
-    """
-    conversion = plan_conversion(
-        source, prelude, core, coda, adapter, state, dtype, tie, seed, revision, family, trust_remote_code
-    )
-    conversion.write(Path(out), overwrite, max_shard_size, on_tensor)
-    return conversion

@@ -5,6 +5,10 @@ from dataclasses import dataclass
 
 from redepth.errors import RedepthError
 
+# How a conversion starts unless told otherwise: docs/conversion.md has the measurements.
+DEFAULT_ADAPTER = "blend:0.125"
+DEFAULT_STATE = "embed"
+STATES = ("embed", "noise", "zeros", "skip-adapter")
 GROUPS = ("prelude", "core", "coda")
 
 

@@ -1,9 +1,11 @@
 """Fresh models by name: shapes that `redepth new` makes with the published initialisation."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from redepth.errors import RedepthError
-from redepth.modeling import RecurrentDepthConfig
+from redepth.errors import RedepthError, one_line
+
+if TYPE_CHECKING:
+    from redepth.modeling import RecurrentDepthConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Runs in a test.
@@ -35,7 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def preset_config(name: str, **changes: Any) -> RecurrentDepthConfig:
+def preset_config(name: str, **changes: Any) -> "RecurrentDepthConfig":
     """The configuration of a preset, with `changes` (those that are not None) laid over it.
 
     Raises:
@@ -43,8 +45,10 @@ def preset_config(name: str, **changes: Any) -> RecurrentDepthConfig:
     """
     if name not in PRESETS:
         raise RedepthError(f"preset {name!r} is unknown; use {', '.join(PRESETS)}")
+    from redepth.modeling import RecurrentDepthConfig  # which imports torch; the names alone are cheap
+
     given = {key: value for key, value in changes.items() if value is not None}
     try:
         return RecurrentDepthConfig(**PRESETS[name] | given)
     except ValueError as error:
-        raise RedepthError(f"preset {name}: {' '.join(str(error).split())}") from None
+        raise RedepthError(f"preset {name}: {one_line(error)}") from None

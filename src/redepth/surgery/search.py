@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -264,7 +265,12 @@ def _layer_measures(cosines: list[torch.Tensor]) -> list[LayerMeasure]:
 
 
 def check_search(
-    source: Source, core_layers: int, drop_layers: int, adapters: Sequence[str], sequence_length: int
+    source: Source,
+    core_layers: int,
+    drop_layers: int,
+    adapters: Sequence[str],
+    sequence_length: int,
+    family: str | Path | None = None,
 ) -> Conversion:
     """What can be refused before any text or tensor is read; the source's conversion by the default plan.
 
@@ -274,7 +280,7 @@ def check_search(
     """
     if source.config.model_type == RecurrentDepthConfig.model_type:
         raise RedepthError(f"source {source.name!r} is recurrent already; give the model it was made from")
-    conversion = plan_conversion(source, dtype="float32")
+    conversion = plan_conversion(source, dtype="float32", family=family)
     num_layers = conversion.plan.num_layers
     if not 1 <= core_layers <= num_layers - 2:
         raise RedepthError(
@@ -306,6 +312,7 @@ def search_plans(
     tolerance: float = TOLERANCE,
     autocast: torch.dtype | None = None,
     on_progress: Callable[[str, float], None] | None = None,
+    family: str | Path | None = None,
 ) -> PlanSearch:
     """Measure the source's layers and find the plans that start least hurt.
 
@@ -320,11 +327,12 @@ def search_plans(
         tolerance: see `ranked`.
         autocast: dtype of the matrix products; fp32 if left out.
         on_progress: called with (part, share done).
+        family: of a source that redepth has none for.
 
     Raises:
         RedepthError: as `check_search`.
     """
-    conversion = check_search(source, core_layers, drop_layers, adapters, rows.shape[1])
+    conversion = check_search(source, core_layers, drop_layers, adapters, rows.shape[1], family)
     num_layers = conversion.plan.num_layers
     on_progress = on_progress or (lambda part, done: None)
     bench = _Bench(conversion, autocast)

@@ -135,7 +135,7 @@ def _round_to(model: Any, dtype: torch.dtype) -> None:
 def verify(
     out: str | Path,
     against: str | Path | Source | None = None,
-    on_check: Callable[[str], None] | None = None,
+    on_progress: Callable[[str, float], None] | None = None,
     *,
     device: str | torch.device = "cpu",
     revision: str | None = None,
@@ -150,7 +150,7 @@ def verify(
     Args:
         out: folder made by `redepth convert`.
         against: the source; the one in the folder's recipe by default.
-        on_check: called with the name of each part as it starts.
+        on_progress: called with (`verify`, share done).
         device: where to compare; `auto` takes a GPU where there is one.
         revision: of a source on the hub; the recorded commit by default.
         trust_remote_code: let modelling code that comes with the source run.
@@ -183,12 +183,12 @@ def verify(
         seed=recipe["seed"],
         family=folder / FAMILY_FILE if (folder / FAMILY_FILE).exists() else None,
     )
-    announce = on_check or (lambda part: None)
+    tell = on_progress or (lambda part, done: None)
     ids, text = sample_tokens(source)
     ids = ids.to(chosen)
     is_healed = (folder / HEALING_FILE).exists()
 
-    announce("source")
+    tell("verify", 0.0)
     reference = source.reference_model().to(chosen)
     wanted = reference(ids, use_cache=False).logits
     _round_to(reference, conversion.dtype)
@@ -198,7 +198,7 @@ def verify(
     checks = []
     # A start that is not meant to equal its source is checked with one that is: the layers are the same.
     exact = conversion if conversion.starts_equal else replace(conversion, adapter="inject")
-    announce("full cover")
+    tell("verify", 0.25)
     full = exact.with_plan(conversion.plan.full_cover(), torch.float32)
     model: Any = full.model()
     model.to(chosen)
@@ -207,14 +207,14 @@ def verify(
         checks.append(compare(f"full cover, {full.adapter}", num_steps, wanted, logits))
     del model
     if conversion.plan.num_layers > 1:
-        announce("negative control")
+        tell("verify", 0.5)
         wrong: Any = full.with_plan(full.plan.with_two_layers_swapped()).model()
         wrong.to(chosen)
         logits = wrong(ids, num_steps=1, use_cache=False).logits
         checks.append(compare("two layers swapped (control)", 1, wanted, logits, must="differs"))
         del wrong
 
-    announce("checkpoint")
+    tell("verify", 0.75)
     checkpoint: Any = load(folder, torch.float32, chosen)
     if checkpoint.config.vocab_size != wanted.shape[-1]:
         raise RedepthError(
@@ -226,6 +226,7 @@ def verify(
     must = "equal" if conversion.starts_equal and not is_healed else None
     checks.append(compare(f"checkpoint against source{cut}", 1, wanted_of_out, logits, must))
 
+    tell("verify", 1.0)
     verification = Verification(checks, text, ids.numel())
     with CheckpointFolder(folder).updating() as stage:
         write_json(stage / VERIFICATION_FILE, verification.to_dict())

@@ -31,6 +31,10 @@ class Entry:
         for name, part, rows in zip(self.sources, parts, self.rows, strict=True):
             if part.shape[0] != rows:
                 raise RedepthError(f"tensor {name!r} has {part.shape[0]} rows, but its config implies {rows}")
+            if part.shape[1:] != parts[0].shape[1:]:
+                raise RedepthError(
+                    f"tensor {name!r} has the shape {list(part.shape)}, which does not fit its neighbours'"
+                )
         return torch.cat(parts)
 
     def split(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -26,6 +26,7 @@ class Addition(ArrayTask):
     """
 
     short_name: ClassVar[str] = "addition"
+    core_reads_places: ClassVar[bool] = True
     depth: tuple[int, int] = (0, 8)
     places: int = 16
 
@@ -57,17 +58,17 @@ class Addition(ArrayTask):
 
     def draw(self, rng: np.random.Generator, count: int, least: int, most: int, questions: int) -> Problems:
         places = self.places
-        one, other = rng.integers(0, 10, (2, count, places))
+        # Pairs that decide a carry give one as often as not, so that no guess is better than another.
+        one, other = deciding_pairs(rng, (count, places))
         # Runs of pairs that add up to 9 hand a carry on; by chance alone they would hardly ever be long.
         runs = rng.random((count, places)) < rng.random((count, 1))
-        other = np.where(runs, 9 - one, other)
+        runs[:, 0] = False
+        digit = rng.integers(0, 10, (count, places))
+        one, other = np.where(runs, digit, one), np.where(runs, 9 - digit, other)
         distance = carry_distance(one + other)
         for place in range(1, places):
             too_far = distance[:, place] > most
-            # 8 instead of 9 in the pair below decides the carry there.
-            one[too_far, place - 1], other[too_far, place - 1] = rng.integers(0, 9, (2, int(too_far.sum())))
-            clash = too_far & (one[:, place - 1] + other[:, place - 1] == 9)
-            other[clash, place - 1] = 8 - one[clash, place - 1]
+            one[too_far, place - 1], other[too_far, place - 1] = deciding_pairs(rng, (int(too_far.sum()),))
             distance = carry_distance(one + other)
         asked = ask_lines(rng, distance, least, most, questions)
         arrays = {"one": one, "other": other, "asked": asked}
@@ -112,6 +113,15 @@ class Addition(ArrayTask):
 
     def say(self, result: int) -> str:
         return str(result)
+
+
+def deciding_pairs(rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Two digits for each entry of `shape` that add up to 10 or more, or to 8 or less, with even odds."""
+    low, share = rng.integers(0, 9, shape), rng.random(shape)
+    # one + other ≤ 8, and the same with both taken from 9 where there is a carry.
+    other = (share * (9 - low)).astype(int)
+    carries = rng.random(shape) < 0.5
+    return np.where(carries, 9 - low, low), np.where(carries, 9 - other, other)
 
 
 def carry_distance(pair: np.ndarray) -> np.ndarray:

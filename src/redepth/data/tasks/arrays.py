@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -41,9 +42,11 @@ class Problems:
 
 
 def join(parts: list[Problems]) -> Problems:
-    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0].arrays}
-    stacked = (np.concatenate([getattr(part, name) for part in parts]) for name in ("content", "difficulty"))
-    return Problems(*stacked, arrays)
+    return Problems(
+        content=np.concatenate([part.content for part in parts]),
+        difficulty=np.concatenate([part.difficulty for part in parts]),
+        arrays={name: np.concatenate([part[name] for part in parts]) for name in parts[0].arrays},
+    )
 
 
 def is_held_out(content: np.ndarray) -> np.ndarray:
@@ -68,6 +71,9 @@ class ArrayTask(Task):
     depth: tuple[int, int] = (1, 8)
     harder: tuple[int, int] = (0, 0)
     questions: int = 0
+
+    # Whether a step looks at neighbours by their places, rather than for what they are.
+    core_reads_places: ClassVar[bool] = False
 
     # --- what a task says of itself ------------------------------------------------------------------------------
     @property

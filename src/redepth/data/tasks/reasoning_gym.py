@@ -41,7 +41,7 @@ class ReasoningGym(Task):
             import yaml
         except ImportError:
             raise RedepthError(
-                f"{self.spec!r} needs the package reasoning-gym; install it with pip install 'redepth[tasks]'"
+                f"{self.spec!r} needs the package reasoning-gym; install it with pip install 'redepth[eval]'"
             ) from None
         options = {name: yaml.safe_load(value) for name, value in self.options}
         try:

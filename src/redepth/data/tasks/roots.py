@@ -30,13 +30,13 @@ class Roots(ArrayTask):
         super().check()
         letters(self.nodes)
         longest = max(self.depth[1], self.harder[1])
-        if self.nodes < longest + 2:
+        if self.nodes < longest + 3:
             raise RedepthError(
-                f"option nodes={self.nodes} of 'roots' must be at least {longest + 2}, two above the depth"
+                f"option nodes={self.nodes} of 'roots' must be at least {longest + 3}, three above the depth"
             )
 
     def usual_harder(self) -> tuple[int, int]:
-        return self.depth[1] + 1, min(2 * self.depth[1], self.nodes - 2)
+        return self.depth[1] + 1, min(2 * self.depth[1], self.nodes - 3)
 
     @property
     def answer_words(self) -> list[str]:
@@ -53,15 +53,13 @@ class Roots(ArrayTask):
 
     def draw(self, rng: np.random.Generator, count: int, least: int, most: int, questions: int) -> Problems:
         nodes, at = self.nodes, np.arange(self.nodes)
-        # Chains are stretches of a random order; a new one starts by chance, and where the last is long enough.
-        starts = rng.random((count, nodes)) < rng.random((count, 1)) * 0.4
-        starts[:, 0] = True
-        for place in range(1, nodes):
-            first = np.maximum.accumulate(np.where(starts[:, :place], at[:place], 0), 1)[:, -1]
-            starts[:, place] |= place - first > most
-        # One of the first two chains ends early enough to leave a second one.
-        only = starts.sum(1) == 1
-        starts[only, nodes - 1] = True
+        # A random order is cut into chains of one length, drawn anew for each problem, so that there are always several
+        # ends that a far node could lead to. What is left over is the last chain; a single node takes a second.
+        length = rng.integers(least, most + 1, (2, count, 1)).max(0) + 1
+        starts = at % length == 0
+        single = (nodes % length[:, 0] == 1) & (length[:, 0] > 1)
+        starts[single, nodes - 1] = False
+        starts[single, nodes - 2] = True
         first = np.maximum.accumulate(np.where(starts, at, 0), 1)
         order = rng.random((count, nodes)).argsort(1)
         towards = np.take_along_axis(order, np.where(starts, at, at - 1), 1)

@@ -17,7 +17,8 @@ class Variables(ArrayTask):
 
     Difficulty is how many assignments lie between a variable and its constant. After step i the result is the value as it
     is if a variable more than i assignments back counts as 0 — the sum of the last i + 1 constants — and the right one
-    once the first assignment is among them. In compact ids each line asks for its own variable, at its last token.
+    once the first assignment is among them. In compact ids a line is
+    its value and where it goes, `=7 >B` and `B+4 >D`, and the second asks for its variable.
 
     Attributes:
         lines: how many assignments a problem has.
@@ -51,7 +52,9 @@ class Variables(ArrayTask):
 
     @property
     def other_words(self) -> list[str]:
-        return [*letters(self.lines), "=", END]
+        names, constants = letters(self.lines), digits(self.modulus)
+        sums = [f"{used}+{constant}" for used in names for constant in constants]
+        return [*sums, *(f"={constant}" for constant in constants), *(f">{name}" for name in names), *names, END]
 
     @property
     def usual_questions(self) -> int:
@@ -60,7 +63,8 @@ class Variables(ArrayTask):
     def draw(self, rng: np.random.Generator, count: int, least: int, most: int, questions: int) -> Problems:
         lines = self.lines
         name = rng.random((count, lines)).argsort(1)
-        constant = rng.integers(0, self.modulus, (count, lines))
+        # None is 0: no step leaves a result as it was before the last, so a result that stays is a right one.
+        constant = rng.integers(1, self.modulus, (count, lines))
         eagerness, fresh = rng.random((count, 1)) * 2, rng.random((count, lines)) < 0.15
         source, distance = np.full((count, lines), -1), np.zeros((count, lines), dtype=int)
         for line in range(1, lines):
@@ -87,16 +91,20 @@ class Variables(ArrayTask):
         return np.take_along_axis(self.values(problems, num_steps), asked, 2)
 
     def statement(self, problems: Problems) -> np.ndarray:
-        names = self.modulus + problems["name"]
-        used = np.take_along_axis(names, np.maximum(problems["source"], 0), 1)
-        used = np.where(problems["source"] < 0, self.modulus + self.lines, used)
-        return np.stack([names, used, problems["constant"]], 2).reshape(len(problems), -1)
+        name, source, constant = problems["name"], problems["source"], problems["constant"]
+        used = np.where(source < 0, self.lines, np.take_along_axis(name, np.maximum(source, 0), 1))
+        value = self.modulus + used * self.modulus + constant
+        return np.stack([value, self._first_target() + name], 2).reshape(len(problems), -1)
+
+    def _first_target(self) -> int:
+        return self.modulus * (self.lines + 2)
 
     def places_in_statement(self, problems: Problems) -> np.ndarray:
-        return 3 * problems["asked"] + 2
+        return 2 * problems["asked"] + 1
 
     def asked(self, problems: Problems) -> np.ndarray:
-        return self.modulus + np.take_along_axis(problems["name"], problems["asked"], 1)[..., None]
+        first_name = self._first_target() + self.lines
+        return first_name + np.take_along_axis(problems["name"], problems["asked"], 1)[..., None]
 
     def scratchpad(self, problems: Problems) -> tuple[np.ndarray, np.ndarray]:
         """The values of the variables from the constant on to the one that is asked for."""

@@ -1,0 +1,36 @@
+"""One door: each verb as a function with its command's arguments. The command line and notebooks call nothing else.
+
+Importing this package is cheap; what a verb needs is imported when it is called.
+"""
+
+from redepth.checkpoint.folder import DEFAULT_SHARD_SIZE
+from redepth.surgery.plan import DEFAULT_ADAPTER, DEFAULT_STATE, GROUPS
+from redepth.surgery.presets import PRESETS
+
+from .making import Converted, Created, convert, create, plan
+from .measuring import analyze, calibrate, evaluate, inspect, load, load_tokenizer, read_config, verify
+from .training import heal, plan_healing, retrofit
+
+__all__ = [
+    "DEFAULT_ADAPTER",
+    "DEFAULT_SHARD_SIZE",
+    "DEFAULT_STATE",
+    "GROUPS",
+    "PRESETS",
+    "Converted",
+    "Created",
+    "analyze",
+    "calibrate",
+    "convert",
+    "create",
+    "evaluate",
+    "heal",
+    "inspect",
+    "load",
+    "load_tokenizer",
+    "plan",
+    "plan_healing",
+    "read_config",
+    "retrofit",
+    "verify",
+]

@@ -1,0 +1,264 @@
+"""Verbs that look at a checkpoint, or take it into use."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from redepth.errors import RedepthError
+
+from .progress import OnProgress, shares
+
+if TYPE_CHECKING:
+    import torch
+
+    from redepth.evaluation.tasks import TaskAccuracy
+    from redepth.griffin import RecurrentGemmaForCausalLM
+    from redepth.modeling import RecurrentDepthConfig, RecurrentDepthForCausalLM
+    from redepth.surgery.verify import Verification
+
+
+def verify(
+    out: str | Path,
+    against: str | Path | None = None,
+    *,
+    device: "str | torch.device" = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    on_progress: OnProgress | None = None,
+) -> "Verification":
+    """Compare a converted checkpoint, and its full-cover twin, with the source; write the figures into the folder.
+
+    Args:
+        out: folder made by `redepth convert`.
+        against: the source; the one in the folder's recipe by default.
+        device: where to compare, in fp32; `auto` takes a GPU where there is one.
+        revision: of a source on the hub; the recorded commit by default.
+        trust_remote_code: let modelling code that comes with the source run.
+        on_progress: called with (part, share done).
+
+    Returns:
+        every check with its figures, and whether all have `passed`.
+
+    Raises:
+        RedepthError: if `out` was not made by redepth, or not from such a source.
+    """
+    from redepth.surgery.verify import verify as verify_checkpoint
+
+    return verify_checkpoint(
+        out, against, on_progress, device=device, revision=revision, trust_remote_code=trust_remote_code
+    )
+
+
+def calibrate(
+    checkpoint: str | Path,
+    data: str = "python-docs",
+    *,
+    text_column: str = "text",
+    most_steps: int | None = None,
+    rows: int = 16,
+    sequence_length: int = 256,
+    dtype: str = "auto",
+    device: "str | torch.device" = "auto",
+    on_progress: OnProgress | None = None,
+) -> dict[str, Any]:
+    """Measure a checkpoint at every depth and store the result in its config, as `depth_profile`.
+
+    Args:
+        checkpoint: local folder.
+        data: held-out text: python-docs, a .txt, .jsonl, .json or .parquet file, or a datasets id, with its `text_column`.
+        most_steps: the deepest r; twice the trained depth by default, and 16 at the least.
+        rows, sequence_length: how much text is read.
+        on_progress: called with (part, share done).
+
+    Returns:
+        the profile; see `redepth.evaluation.calibrate`.
+
+    Raises:
+        RedepthError: for a checkpoint that is not a local folder, or text or numbers that do not fit.
+    """
+    from redepth.checkpoint.load import load_tokenizer, local_checkpoint, read_config
+    from redepth.data.rows import held_out_text
+    from redepth.evaluation.calibrate import calibrate as measure
+
+    if most_steps is not None and most_steps < 2:
+        raise RedepthError(f"--most-steps must be at least 2, got {most_steps}; there is nothing to compare")
+    if rows < 1 or sequence_length < 2:
+        raise RedepthError(f"--rows {rows} and --sequence-length {sequence_length} must be at least 1 and 2")
+    config, _ = read_config(local_checkpoint(checkpoint))
+    if sequence_length > config.block_size:
+        raise RedepthError(
+            f"--sequence-length {sequence_length} is more than the {config.block_size} this model allows"
+        )
+    tokens = held_out_text(load_tokenizer(checkpoint), data, text_column, sequence_length, rows)
+    return measure(checkpoint, tokens, data, most_steps, dtype, device, shares(on_progress, "calibrating"))
+
+
+def evaluate(
+    checkpoint: str | Path,
+    tasks: Sequence[str] | None = None,
+    *,
+    num_steps: Sequence[int] = (1, 2, 4, 8, 16),
+    criterion: str | None = None,
+    exit_threshold: float | str = "auto",
+    limit: int = 256,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: "str | torch.device" = "auto",
+    out: str | Path | None = None,
+    on_progress: OnProgress | None = None,
+) -> "list[TaskAccuracy]":
+    """Measure accuracy on tasks by difficulty and number of steps.
+
+    Args:
+        tasks: such as `task:iterate?depth=1-8`; the task that a small model was trained on by default.
+        criterion, exit_threshold: also run adaptive exit under this test.
+        limit: problems of each split.
+        seed: of the problems.
+        out: folder for `tasks.json` and a heat map of each task.
+        on_progress: called with (task, share done).
+
+    Raises:
+        RedepthError: for a task or a number that does not fit.
+    """
+    from redepth.evaluation.tasks import evaluate_task
+    from redepth.runtime import choose_device, require
+
+    if out is not None:
+        require("matplotlib", "plots")
+    where = str(choose_device(device))
+    chosen: Sequence[str | None] = list(tasks) if tasks else [None]
+    found = [
+        evaluate_task(
+            checkpoint,
+            spec,
+            num_steps,
+            criterion,
+            exit_threshold,
+            limit,
+            seed,
+            dtype,
+            where,
+            shares(on_progress, spec or "evaluate"),
+        )
+        for spec in chosen
+    ]
+    if out is not None:
+        from redepth.evaluation.plots import write_evaluations
+
+        write_evaluations(found, Path(out))
+    return found
+
+
+def analyze(
+    checkpoint: str | Path,
+    prompts: Sequence[str] = (),
+    data: str | None = None,
+    *,
+    out: str | Path | None = None,
+    num_steps: int = 32,
+    compare: str | Path | None = None,
+    text_column: str = "text",
+    rows: int = 4,
+    sequence_length: int = 128,
+    dtype: str = "auto",
+    device: "str | torch.device" = "auto",
+    overwrite: bool = False,
+    on_progress: OnProgress | None = None,
+) -> dict[str, Any]:
+    """Look inside the loop on some texts, and write a report with pictures and tables.
+
+    Args:
+        checkpoint: folder or hub id.
+        prompts: texts; or `data`, held-out text as for `calibrate`.
+        out: folder to write; the checkpoint's name with `-analysis` by default.
+        num_steps: how deep to go, at least 7.
+        compare: another checkpoint for the same texts, recurrent or not, with the same tokens.
+        overwrite: replace a folder that redepth wrote.
+        on_progress: called with (checkpoint, share done).
+
+    Returns:
+        what `summary.json` holds: `verdict`, `figures`, and the same of `compare`.
+
+    Raises:
+        RedepthError: for texts or numbers that do not fit; before any compute.
+    """
+    from redepth.analysis.analyze import analyze as look
+    from redepth.runtime import choose_device
+
+    return look(
+        checkpoint,
+        prompts,
+        data,
+        out,
+        num_steps,
+        compare,
+        text_column,
+        rows,
+        sequence_length,
+        dtype,
+        str(choose_device(device)),
+        overwrite,
+        on_progress,
+    )
+
+
+def inspect(
+    checkpoint: str | Path, num_steps: Sequence[int] = (1, 4, 8, 16, 32), cache_rule: str | None = None
+) -> dict[str, Any]:
+    """Kind, plan, parameters by part, memory by depth, and the depth a checkpoint was trained for.
+
+    Args:
+        checkpoint: folder or hub id.
+        num_steps: depths to give the cache's bytes for.
+        cache_rule: the rule to give them under; the config's by default.
+
+    Raises:
+        RedepthError: where there is no such checkpoint.
+    """
+    from redepth.checkpoint.inspect import inspect as look
+
+    return look(checkpoint, tuple(num_steps), cache_rule)
+
+
+def load(
+    name: str | Path, dtype: "str | torch.dtype" = "auto", device: "str | torch.device" = "cpu", **options: Any
+) -> "RecurrentDepthForCausalLM | RecurrentGemmaForCausalLM":
+    """A model recurrent in depth (`huginn_raven`) or in time (`recurrent_gemma`), in eval mode.
+
+    No code that comes with the checkpoint is run: redepth's own takes its place.
+
+    Args:
+        name: folder or hub id.
+        dtype: `auto` (as saved), a torch dtype or its name.
+        device: where to put it; `auto` takes a GPU where there is one.
+        options: `revision`, `device_map`, `quantization_config` and `attn_implementation`, as transformers takes them.
+
+    Raises:
+        RedepthError: where there is no such checkpoint, it is of another kind, its weights don't fit or are not numbers,
+            or there is no such device.
+    """
+    from redepth.checkpoint.load import load as read
+
+    return read(name, dtype, device, **options)
+
+
+def load_tokenizer(name: str | Path, revision: str | None = None) -> Any:
+    """The tokenizer beside a checkpoint.
+
+    Raises:
+        RedepthError: where there is none.
+    """
+    from redepth.checkpoint.load import load_tokenizer as read
+
+    return read(name, revision)
+
+
+def read_config(name: str | Path, revision: str | None = None) -> "RecurrentDepthConfig":
+    """A checkpoint's configuration, complete.
+
+    Raises:
+        RedepthError: where there is no such checkpoint, or it fits no kind.
+    """
+    from redepth.checkpoint.load import read_config as read
+
+    return read(name, revision)[0]

@@ -1,0 +1,124 @@
+"""Pictures of what depth buys."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from redepth.checkpoint.folder import write_json
+
+from .tasks import TaskAccuracy
+
+
+def plot_loss_by_depth(losses: dict[str, dict[str, dict[int, float]]], file: str | Path, title: str) -> None:
+    """Draw held-out loss over the number of steps, before and after healing, as a PNG.
+
+    Args:
+        losses: for each plan's label, `before` and `after`, each loss in nats per token by number of steps.
+    """
+    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for index, (label, curves) in enumerate(losses.items()):
+        for when, style in (("before", ":"), ("after", "-")):
+            depths = list(curves[when])
+            axes.plot(
+                depths, list(curves[when].values()), style, marker="o", color=f"C{index}", label=f"{label}, {when}"
+            )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(depths, [str(depth) for depth in depths])
+    axes.minorticks_off()
+    axes.set_xlabel("num_steps (passes through the core)")
+    axes.set_ylabel("held-out loss, nats per token")
+    axes.set_title(title, loc="left", fontsize="medium")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize="small")
+    figure.savefig(file)
+
+
+def plot_accuracy_by_depth(
+    accuracy: Sequence[Sequence[float]],
+    difficulties: Sequence[int],
+    num_steps: Sequence[int],
+    file: str | Path,
+    title: str,
+    trained_most: int | None = None,
+    mean_exit_steps: Sequence[float] | None = None,
+    controls: Mapping[str, Sequence[float]] | None = None,
+) -> None:
+    """Draw accuracy by difficulty and number of steps as a heat map, as a PNG.
+
+    Args:
+        accuracy: `[difficulty][num_steps]`, from 0 to 1.
+        trained_most: draws a line above the difficulties that training never met.
+        mean_exit_steps: by difficulty, how many steps adaptive exit takes; drawn as a curve over the map.
+        controls: columns beside the map, each a label and its accuracy by difficulty.
+    """
+    columns = [f"{steps}" for steps in num_steps]
+    extra = dict(controls or {})
+    width = 2.4 + 0.55 * (len(columns) + 1.6 * len(extra))
+    figure = Figure(figsize=(max(5.0, width), 1.8 + 0.34 * len(difficulties)), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    ratios = [len(columns), *(1.2 for _ in extra)]
+    panels = figure.subplots(1, len(ratios), width_ratios=ratios, sharey=True, squeeze=False)[0]
+    # Lightness alone carries the order, so that the map reads without colour.
+    style: dict[str, Any] = {"cmap": "cividis", "vmin": 0, "vmax": 1, "origin": "lower", "aspect": "auto"}
+    for panel, label, values in [
+        (panels[0], "num_steps (passes through the core)", accuracy),
+        *(
+            (panel, label, [[value] for value in column])
+            for panel, (label, column) in zip(panels[1:], extra.items(), strict=True)
+        ),
+    ]:
+        image = panel.imshow(values, **style)
+        for y, row in enumerate(values):
+            for x, value in enumerate(row):
+                shade = "white" if value < 0.55 else "black"
+                panel.text(x, y, f"{100 * value:.0f}", ha="center", va="center", color=shade, fontsize="x-small")
+        if trained_most is not None and trained_most in difficulties and trained_most != difficulties[-1]:
+            panel.axhline(list(difficulties).index(trained_most) + 0.5, color="#d55e00", linewidth=1.5)
+        if panel is panels[0]:
+            panel.set_xticks(range(len(columns)), columns)
+            panel.set_xlabel(label)
+        else:
+            panel.set_xticks([0], [label.replace(" ", "\n")], fontsize="x-small")
+        panel.tick_params(length=0)
+    panels[0].set_yticks(range(len(difficulties)), [str(difficulty) for difficulty in difficulties])
+    panels[0].set_ylabel("difficulty (steps that the answer needs)")
+    if mean_exit_steps is not None:
+        at = np.interp(mean_exit_steps, num_steps, range(len(num_steps)))
+        above = np.arange(len(difficulties)) + 0.33  # the numbers
+        curve = panels[0].plot(at, above, "o-", color="#d55e00", markersize=3.5, linewidth=1)
+        figure.legend(
+            curve,
+            ["mean step at which adaptive exit leaves"],
+            loc="outside lower left",
+            fontsize="small",
+            frameon=False,
+        )
+    panels[0].set_title(title, loc="left", fontsize="medium")
+    bar = figure.colorbar(image, ax=panels.tolist(), shrink=0.8, pad=0.02)
+    bar.set_label("accuracy, per cent")
+    bar.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "25", "50", "75", "100"])
+    figure.savefig(file)
+
+
+def write_evaluations(found: Sequence[TaskAccuracy], out: Path) -> None:
+    """`tasks.json` with all of them, and a heat map of each, named after its task."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "tasks.json", [one.as_dict() for one in found])
+    for one in found:
+        name = re.sub(r"\W+", "-", one.task.removeprefix("task:")).strip("-")
+        plot_accuracy_by_depth(
+            one.accuracy,
+            one.difficulties,
+            one.num_steps,
+            out / f"{name}.png",
+            f"{one.task}: accuracy by difficulty and steps",
+            one.trained_most or None,
+            one.exits.mean_steps if one.exits is not None else None,
+        )
