@@ -10,7 +10,7 @@ from transformers import default_data_collator
 
 from redepth.checkpoint.folder import read_recipe
 from redepth.checkpoint.load import load, load_tokenizer, read_config
-from redepth.data.mixture import columns_of, training_and_held_out
+from redepth.data.mixture import columns_of, tasks_of, training_and_held_out
 from redepth.data.survey import count_licenses
 from redepth.errors import RedepthError, one_line
 from redepth.modeling.tokens import check_ids
@@ -36,6 +36,9 @@ class Prepared:
     dtype: torch.dtype
 
 
+MADE: dict[str, int | None] = {"made for the run": None}  # a task's problems
+
+
 def survey_sources(recipe: HealRecipe, on_progress: Callable[[Progress], None]) -> list[dict[str, Any]]:
     """The record of the training text, all of which is read for it.
 
@@ -44,7 +47,7 @@ def survey_sources(recipe: HealRecipe, on_progress: Callable[[Progress], None]) 
     """
     columns = columns_of(recipe)
     stated = {source.data: source.license for _, sources in recipe.timetable() for source in sources}
-    licenses = {}
+    licenses: dict[str, dict[str, int | None]] = {spec: MADE for spec in tasks_of(recipe)}
     for number, (data, column) in enumerate(columns.items()):
 
         def tell(share: float, before: int = number) -> None:

@@ -264,33 +264,36 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, RecurrentDepthGen
             **{name: value for name, value in keywords.items() if value is not None},
         )
         hidden, logits, loss = outputs.last_hidden_state, None, None
-        if loss_only and any(given is not None for given in (labels, shift_labels, step_labels)):
-            asked = step_labels.unbind(1) if step_labels is not None else (labels,)
-            weights = list(step_weights) if step_weights is not None else [1.0] * len(asked)
+        has_labels = labels is not None or shift_labels is not None
+        items = kwargs.get("num_items_in_batch")
+        if loss_only and (has_labels or step_labels is not None):
+            left = outputs.step_hidden_states or (hidden,)
+            asked = [labels] * len(left) if step_labels is None else step_labels.unbind(1)
+            weights = list(step_weights) if step_weights is not None else [1.0] * len(left)
             losses = [
                 chunked_cross_entropy(
-                    left,
-                    wanted,
+                    hidden_of_step,
+                    labels_of_step,
                     self.logits,
                     self.config.vocab_size,
-                    kwargs.get("num_items_in_batch"),
+                    items,
                     token_loss,
                     parameters=self.lm_head.parameters(),
                     shift_labels=shift_labels if step_labels is None else None,
                 )
-                for left, wanted in zip(outputs.step_hidden_states or (hidden,), asked, strict=True)
+                for hidden_of_step, labels_of_step in zip(left, asked, strict=True)
             ]
             shares = torch.tensor(weights, device=losses[0].device) / sum(weights)
             loss = (torch.stack(losses) * shares).sum()
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.logits(hidden[:, kept])
-            if labels is not None or shift_labels is not None:
+            if has_labels:
                 loss = self.loss_function(
                     logits=logits,
                     labels=labels,
                     vocab_size=self.config.vocab_size,
-                    num_items_in_batch=kwargs.get("num_items_in_batch"),
+                    num_items_in_batch=items,
                     shift_labels=shift_labels,
                 )
         output = RecurrentDepthOutput(
