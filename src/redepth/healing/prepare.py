@@ -16,10 +16,11 @@ from redepth.errors import RedepthError, one_line
 from redepth.modeling.tokens import check_ids
 from redepth.runtime import has_bf16, keep_freed_memory
 
+from .clock import Progress
 from .distillation import open_teacher
 from .optim import check_optimizer, set_trainable
 from .recipe import HealRecipe
-from .trainer import HealTrainer, Progress, training_arguments, use_memory_savers
+from .trainer import HealTrainer, training_arguments, use_memory_savers
 
 MADE: dict[str, int | None] = {"made for the run": None}  # problems of a task
 
@@ -36,9 +37,6 @@ class Prepared:
     dtype: torch.dtype
 
 
-MADE: dict[str, int | None] = {"made for the run": None}  # a task's problems
-
-
 def survey_sources(recipe: HealRecipe, on_progress: Callable[[Progress], None]) -> list[dict[str, Any]]:
     """The record of the training text, all of which is read for it.
 
@@ -47,7 +45,7 @@ def survey_sources(recipe: HealRecipe, on_progress: Callable[[Progress], None]) 
     """
     columns = columns_of(recipe)
     stated = {source.data: source.license for _, sources in recipe.timetable() for source in sources}
-    licenses: dict[str, dict[str, int | None]] = {spec: MADE for spec in tasks_of(recipe)}
+    licenses: dict[str, dict[str, int | None]] = dict.fromkeys(tasks_of(recipe), MADE)
     for number, (data, column) in enumerate(columns.items()):
 
         def tell(share: float, before: int = number) -> None:
