@@ -10,7 +10,8 @@ class DataSource(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    data: str = Field(description="python-docs, a .txt, .jsonl, .json or .parquet file, or a datasets id")
+    data: str = Field(description="python-docs, a .txt, .jsonl, .json or .parquet file, a datasets id, or task:NAME?…")
     weight: float = Field(1.0, gt=0, description="share of the training rows, relative to the other sources")
     text_column: str | None = Field(None, description="column that holds the text; the recipe's by default")
     license: str | None = Field(None, description="its licence, where the data has no column `license`")
+    scratchpad: bool = Field(False, description="of a task: intermediate results are written out as text")
