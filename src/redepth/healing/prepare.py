@@ -17,9 +17,10 @@ from redepth.modeling.tokens import check_ids
 from redepth.runtime import has_bf16, keep_freed_memory
 
 from .distillation import open_teacher
+from .memory import use_memory_savers
 from .optim import check_optimizer, set_trainable
 from .recipe import HealRecipe
-from .trainer import HealTrainer, Progress, training_arguments, use_memory_savers
+from .trainer import HealTrainer, Progress, training_arguments
 
 MADE: dict[str, int | None] = {"made for the run": None}  # problems of a task
 
