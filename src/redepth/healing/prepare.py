@@ -18,9 +18,10 @@ from redepth.runtime import has_bf16, keep_freed_memory
 
 from .clock import Progress
 from .distillation import open_teacher
+from .memory import use_memory_savers
 from .optim import check_optimizer, set_trainable
 from .recipe import HealRecipe
-from .trainer import HealTrainer, training_arguments, use_memory_savers
+from .trainer import HealTrainer, training_arguments
 
 MADE: dict[str, int | None] = {"made for the run": None}  # problems of a task
 

@@ -21,7 +21,6 @@ from redepth.data.mixture import TrainingRows
 from redepth.errors import RedepthError, first_line
 from redepth.evaluation.loss import loss_by_depth
 from redepth.modeling import RecurrentDepthForCausalLM
-from redepth.modeling.blocks import Block
 from redepth.modeling.loss import TokenLoss, cross_entropy_of_tokens
 
 from .checkpoints import RUN_FILE, seal
@@ -271,18 +270,6 @@ class _HeldOutLosses(TrainerCallback):
         if self.every is not None and state.global_step % self.every == 0:
             control.should_evaluate = True
         return control
-
-
-def use_memory_savers(model: RecurrentDepthForCausalLM, recipe: HealRecipe) -> None:
-    """Switch on what the recipe asks for inside the model, before anything is measured or run."""
-    model.transformer.checkpoint_steps = recipe.activation_checkpointing == "step"
-    if recipe.activation_checkpointing == "layer":
-        model.activation_checkpointing_enable()
-    if recipe.compile:
-        # Layer by layer: one compilation serves every step and depth, where the whole model would need one for each.
-        for module in model.modules():
-            if isinstance(module, Block):
-                module.compile()
 
 
 def training_arguments(recipe: HealRecipe, work: Path, bf16: bool) -> TrainingArguments:
