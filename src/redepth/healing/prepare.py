@@ -36,9 +36,6 @@ class Prepared:
     dtype: torch.dtype
 
 
-MADE: dict[str, int | None] = {"made for the run": None}  # a task's problems
-
-
 def survey_sources(recipe: HealRecipe, on_progress: Callable[[Progress], None]) -> list[dict[str, Any]]:
     """The record of the training text, all of which is read for it.
 
@@ -47,7 +44,7 @@ def survey_sources(recipe: HealRecipe, on_progress: Callable[[Progress], None]) 
     """
     columns = columns_of(recipe)
     stated = {source.data: source.license for _, sources in recipe.timetable() for source in sources}
-    licenses: dict[str, dict[str, int | None]] = {spec: MADE for spec in tasks_of(recipe)}
+    licenses: dict[str, dict[str, int | None]] = dict.fromkeys(tasks_of(recipe), MADE)
     for number, (data, column) in enumerate(columns.items()):
 
         def tell(share: float, before: int = number) -> None:

@@ -2,9 +2,6 @@
 
 import os
 import shutil
-import signal
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +26,7 @@ from redepth.modeling.blocks import Block
 from redepth.modeling.loss import TokenLoss, cross_entropy_of_tokens
 
 from .checkpoints import RUN_FILE, seal
+from .clock import RunClock
 from .curriculum import depth_of_step, learning_rate_factor, mean_recurrence
 from .distillation import Teacher
 from .guard import SpikeGuard
@@ -55,60 +53,6 @@ class Progress:
     mean_recurrence: float | None = None
     tokens_per_second: float | None = None
     remark: str = ""
-
-
-class RunClock(TrainerCallback):
-    """Progress of the run in [0, 1], by steps or by time, whichever is further, and when to stop.
-
-    All processes go by the slowest one's time and stop together. SIGTERM ends the run after the current step, with a
-    checkpoint.
-    """
-
-    def __init__(self, max_steps: int, max_minutes: float | None) -> None:
-        self.max_steps = max_steps
-        self.max_minutes = max_minutes
-        self.elapsed = 0.0
-        self.step = 0
-        self.terminated = False
-        self._signalled = False
-        self._former_handler: Any = None
-
-    @property
-    def progress(self) -> float:
-        by_time = self.elapsed / (60 * self.max_minutes) if self.max_minutes else 0.0
-        return min(max(self.step / self.max_steps, by_time), 1.0)
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        self._signalled = True
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._last, self.step = time.monotonic(), state.global_step
-        if threading.current_thread() is threading.main_thread():
-            self._former_handler = signal.signal(signal.SIGTERM, self._on_signal)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        now = time.monotonic()
-        elapsed, self._last, self.step = self.elapsed + now - self._last, now, state.global_step
-        shared = torch.tensor([elapsed, float(self._signalled)], dtype=torch.float64)
-        if args.world_size > 1:
-            shared = shared.to(args.device)
-            torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
-        self.elapsed, self.terminated = shared[0].item(), bool(shared[1])
-        if self.progress >= 1.0 or self.terminated:
-            control.should_training_stop = True
-        if self.terminated:
-            control.should_save = True
-        return control
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._former_handler is not None:
-            signal.signal(signal.SIGTERM, self._former_handler)
 
 
 class HealTrainer(Trainer):
