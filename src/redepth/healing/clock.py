@@ -1,12 +1,33 @@
-"""How far a run is, by steps or by time, and when it stops."""
+"""How far a run is, by steps or by time, what it tells about that, and when it stops."""
 
 import signal
 import threading
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One record of a run, for whoever shows it.
+
+    Attributes:
+        part: `loss before`, `training` or `loss after`.
+        done: share of the part, in [0, 1].
+        loss: of the last optimiser step, in nats per token.
+        remark: something to be told once, beside the progress.
+    """
+
+    part: str
+    done: float
+    step: int = 0
+    loss: float | None = None
+    mean_recurrence: float | None = None
+    tokens_per_second: float | None = None
+    remark: str = ""
 
 
 class RunClock(TrainerCallback):

@@ -16,10 +16,11 @@ from redepth.errors import RedepthError, one_line
 from redepth.modeling.tokens import check_ids
 from redepth.runtime import has_bf16, keep_freed_memory
 
+from .clock import Progress
 from .distillation import open_teacher
 from .optim import check_optimizer, set_trainable
 from .recipe import HealRecipe
-from .trainer import HealTrainer, Progress, training_arguments, use_memory_savers
+from .trainer import HealTrainer, training_arguments, use_memory_savers
 
 MADE: dict[str, int | None] = {"made for the run": None}  # problems of a task
 

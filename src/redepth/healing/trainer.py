@@ -3,7 +3,6 @@
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,33 +25,13 @@ from redepth.modeling.blocks import Block
 from redepth.modeling.loss import TokenLoss, cross_entropy_of_tokens
 
 from .checkpoints import RUN_FILE, seal
-from .clock import RunClock
+from .clock import Progress, RunClock
 from .curriculum import depth_of_step, learning_rate_factor, mean_recurrence
 from .distillation import Teacher
 from .guard import SpikeGuard
 from .optim import muon_with_adamw, set_adapter_rate, set_trainable, trainer_optimizer_name, without_lora
 from .recipe import HealRecipe
 from .supervision import AnswerTally, EarnedDepth, deepest_of, supervised_inputs
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One record of a run, for whoever shows it.
-
-    Attributes:
-        part: `loss before`, `training` or `loss after`.
-        done: share of the part, in [0, 1].
-        loss: of the last optimiser step, in nats per token.
-        remark: something to be told once, beside the progress.
-    """
-
-    part: str
-    done: float
-    step: int = 0
-    loss: float | None = None
-    mean_recurrence: float | None = None
-    tokens_per_second: float | None = None
-    remark: str = ""
 
 
 class HealTrainer(Trainer):
