@@ -134,7 +134,7 @@ def test_the_checkpoint_keeps_and_obeys_it(zoo, tmp_path, caplog) -> None:
 
 
 def test_refusals(tmp_path) -> None:
-    with pytest.raises(RedepthError, match="not a local folder"):
+    with pytest.raises(RedepthError, match="is no local folder"):
         calibrate("someone/some-model", random_ids(1, 8), "random")
 
 
