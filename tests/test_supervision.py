@@ -115,8 +115,10 @@ def test_labels_lie_on_the_answers_and_nowhere_else() -> None:
 
 
 def test_text_beside_a_task_keeps_its_labels_at_every_step(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("abcdefgh " * 200)
-    recipe = HealRecipe(**TASKS | {"data": [{"data": TASK}, {"data": str(tmp_path / "a.txt")}], "eval_rows": 1})
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": "' + "abcdefgh " * 200 + '"}\n' + '{"text": "' + "hgfedcba " * 200 + '"}\n'
+    )
+    recipe = HealRecipe(**TASKS | {"data": [{"data": TASK}, {"data": str(tmp_path / "a.jsonl")}], "eval_rows": 1})
     training, held_out = training_and_held_out(byte_tokenizer(), recipe)
     assert training.held_out_labels is None
     assert held_out.shape == (1, 96)

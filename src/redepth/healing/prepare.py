@@ -45,7 +45,7 @@ def survey_sources(recipe: HealRecipe, on_progress: Callable[[Progress], None]) 
     """
     columns = columns_of(recipe)
     stated = {source.data: source.license for _, sources in recipe.timetable() for source in sources}
-    licenses: dict[str, dict[str, int | None]] = {spec: MADE for spec in tasks_of(recipe)}
+    licenses: dict[str, dict[str, int | None]] = dict.fromkeys(tasks_of(recipe), MADE)
     for number, (data, column) in enumerate(columns.items()):
 
         def tell(share: float, before: int = number) -> None:
