@@ -62,6 +62,15 @@ def depth_of_step(recipe: HealRecipe, global_step: int, progress: float, earned:
     return max(steps - with_gradient, 0), min(steps, with_gradient)
 
 
+def mean_depth(recipe: HealRecipe, progress: float, earned: int | None = None) -> float:
+    """The mean of what `depth_of_step` gives at this point of the run."""
+    if recipe.depth_sampling in ("log-normal-poisson", "fixed"):
+        return mean_recurrence(recipe, progress)
+    deepest = earned if earned is not None else deepest_of(recipe, progress)
+    newest = {"difficulty": 1.0, "up-to-difficulty": 0.0, "earned": recipe.newest_share}[recipe.depth_sampling]
+    return newest * deepest + (1 - newest) * (deepest + 1) / 2
+
+
 def learning_rate_factor(recipe: HealRecipe, progress: float) -> float:
     """Warm-up, stable, decay: the share of the full rate."""
     rising = progress / recipe.warmup if recipe.warmup else 1.0

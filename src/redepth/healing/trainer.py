@@ -25,12 +25,12 @@ from redepth.modeling.loss import TokenLoss, cross_entropy_of_tokens
 
 from .checkpoints import RUN_FILE, seal
 from .clock import Progress, RunClock
-from .curriculum import depth_of_step, learning_rate_factor, mean_recurrence
+from .curriculum import depth_of_step, learning_rate_factor, mean_depth
 from .distillation import Teacher
 from .guard import SpikeGuard
 from .optim import muon_with_adamw, set_adapter_rate, set_trainable, trainer_optimizer_name, without_lora
 from .recipe import HealRecipe
-from .supervision import AnswerTally, EarnedDepth, deepest_of, supervised_inputs
+from .supervision import AnswerTally, EarnedDepth, supervised_inputs
 
 
 class HealTrainer(Trainer):
@@ -101,8 +101,10 @@ class HealTrainer(Trainer):
 
     def _depth(self) -> tuple[int, int]:
         """(steps without, steps with gradient) of the optimiser step in hand."""
-        earned = self.earned.depth if self.earned is not None else None
-        return depth_of_step(self.recipe, self.state.global_step, self.clock.progress, earned)
+        return depth_of_step(self.recipe, self.state.global_step, self.clock.progress, self._earned_depth())
+
+    def _earned_depth(self) -> int | None:
+        return self.earned.depth if self.earned is not None else None
 
     def _noise_states(self, input_ids: torch.Tensor) -> torch.Tensor:
         """s_0 `[B, T, D]`, fresh at every step, for each row by its place in the run's batch.
@@ -235,14 +237,6 @@ class HealTrainer(Trainer):
             model.load_state_dict(weights)
         return without_lora(model)
 
-    def _mean_depth(self) -> float:
-        if self.recipe.depth_sampling in ("log-normal-poisson", "fixed"):
-            return mean_recurrence(self.recipe, self.clock.progress)
-        deepest = self.earned.depth if self.earned is not None else deepest_of(self.recipe, self.clock.progress)
-        newest = {"difficulty": 1.0, "up-to-difficulty": 0.0, "earned": self.recipe.newest_share}
-        share = newest[self.recipe.depth_sampling]
-        return share * deepest + (1 - share) * (deepest + 1) / 2
-
     def say(self, remark: str) -> None:
         self.on_progress(Progress("training", self.clock.progress, self.state.global_step, remark=remark))
 
@@ -250,7 +244,7 @@ class HealTrainer(Trainer):
         if "loss" in logs:
             tokens = self.recipe.batch_size * self.recipe.sequence_length * self.state.global_step
             rate = tokens / self.clock.elapsed if self.clock.elapsed else None
-            depth = self._mean_depth()
+            depth = mean_depth(self.recipe, self.clock.progress, self._earned_depth())
             logs = logs | {"mean_recurrence": depth}
             self.on_progress(
                 Progress("training", self.clock.progress, self.state.global_step, logs["loss"], depth, rate)
