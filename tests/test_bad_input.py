@@ -530,17 +530,11 @@ def run(house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         places = {name: str(tmp_path / name) for name in ("source", "checkpoint", "plain", "griffin", "texts", "empty")}
         places |= {"root": str(tmp_path), "out": str(tmp_path / "out"), "file": str(tmp_path / "file")}
         words = [word.format(**places) for word in one.words]
-        monkeypatch.setattr(
-            "sys.argv",
-            [
-                "redepth",
-                *(
-                    word if one.words[0] != "generate" or i != 2 or word != places["empty"] else ""
-                    for i, word in enumerate(words)
-                ),
-            ],
-        )
-        monkeypatch.setattr("builtins.input", lambda prompt: "hello")
+        said = iter(["hello", "/quit"])
+        monkeypatch.setattr("sys.argv", ["redepth", *words])
+        monkeypatch.setattr("builtins.input", lambda prompt: next(said))
+        # Gathering Python's own documentation takes seconds, and no case is about it.
+        monkeypatch.setattr("redepth.surgery.verify.python_docs", lambda held_out: ["depth after depth. " * 40])
         monkeypatch.chdir(tmp_path)
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:

@@ -17,6 +17,7 @@ def loss_by_depth(
     depths: Sequence[int] = DEPTHS,
     batch_size: int = 4,
     on_row: Callable[[int, int], None] | None = None,
+    labels: torch.Tensor | None = None,
 ) -> dict[int, float]:
     """Mean next-token cross-entropy, in nats, after each of `depths` steps.
 
@@ -25,6 +26,7 @@ def loss_by_depth(
 
     Args:
         tokens: `[rows, tokens]`, without padding.
+        labels: `[rows, tokens]`, -100 for what does not count; the tokens themselves by default.
         on_row: called with (rows done, rows in all).
 
     Returns:
@@ -32,17 +34,19 @@ def loss_by_depth(
     """
     was_training = model.training
     model.eval()
+    labels = tokens if labels is None else labels
     totals = dict.fromkeys(depths, 0.0)
     for start in range(0, len(tokens), batch_size):
         ids = tokens[start : start + batch_size].to(model.device)
+        targets = labels[start : start + batch_size, 1:].to(model.device)
         for step, state in enumerate(model.states_by_step(ids, max(depths))):
             if step in totals:
                 logits = model.predict_from_latents(state).logits
                 assert logits is not None
-                losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
-                totals[step] += losses.item()
+                for row, wanted in zip(logits, targets, strict=True):  # so that one row alone is widened to fp32
+                    totals[step] += F.cross_entropy(row[:-1].float(), wanted, reduction="sum").item()
         if on_row is not None:
             on_row(min(start + batch_size, len(tokens)), len(tokens))
     model.train(was_training)
-    predicted = tokens.shape[0] * (tokens.shape[1] - 1)
+    predicted = int((labels[:, 1:] != -100).sum())
     return {depth: total / predicted for depth, total in totals.items()}

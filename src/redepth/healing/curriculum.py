@@ -5,6 +5,7 @@ import torch
 from redepth.modeling.policy import sample_num_steps
 
 from .recipe import HealRecipe
+from .supervision import deepest_of
 
 
 def _along(curve: str, progress: float, fraction: float, start: float, end: float) -> float:
@@ -37,17 +38,37 @@ def backprop_depth(recipe: HealRecipe, progress: float) -> int:
     )
 
 
-def depth_of_step(recipe: HealRecipe, global_step: int, progress: float) -> tuple[int, int]:
+def depth_of_step(recipe: HealRecipe, global_step: int, progress: float, earned: int | None = None) -> tuple[int, int]:
     """(steps without gradient, steps with gradient) of one optimiser step.
 
     The draw is seeded by the global step, so that every process and every resumed run draws the same.
+
+    Args:
+        earned: the depth that the run has come to; the deepest it may come to by default.
     """
-    mean, with_gradient = mean_recurrence(recipe, progress), backprop_depth(recipe, progress)
-    if recipe.depth_sampling == "fixed":
-        steps = round(mean)
-        return max(steps - with_gradient, 0), min(steps, with_gradient)
+    with_gradient = backprop_depth(recipe, progress)
     generator = torch.Generator().manual_seed(recipe.seed_of(global_step))
-    return sample_num_steps(mean, with_gradient, generator)
+    if recipe.depth_sampling == "log-normal-poisson":
+        return sample_num_steps(mean_recurrence(recipe, progress), with_gradient, generator)
+    if recipe.depth_sampling == "fixed":
+        steps = round(mean_recurrence(recipe, progress))
+    else:
+        steps = deepest_of(recipe, progress)
+        if recipe.depth_sampling == "earned" and earned is not None:
+            steps = earned
+        is_newest = recipe.depth_sampling == "earned" and torch.rand((), generator=generator) < recipe.newest_share
+        if recipe.depth_sampling != "difficulty" and not is_newest:
+            steps = int(torch.randint(1, steps + 1, (), generator=generator))
+    return max(steps - with_gradient, 0), min(steps, with_gradient)
+
+
+def mean_depth(recipe: HealRecipe, progress: float, earned: int | None = None) -> float:
+    """The mean of what `depth_of_step` gives at this point of the run."""
+    if recipe.depth_sampling in ("log-normal-poisson", "fixed"):
+        return mean_recurrence(recipe, progress)
+    deepest = earned if earned is not None else deepest_of(recipe, progress)
+    newest = {"difficulty": 1.0, "up-to-difficulty": 0.0, "earned": recipe.newest_share}[recipe.depth_sampling]
+    return newest * deepest + (1 - newest) * (deepest + 1) / 2
 
 
 def learning_rate_factor(recipe: HealRecipe, progress: float) -> float:

@@ -41,13 +41,12 @@ class Teacher:
         outputs = self.model.base_model(input_ids, position_ids=position_ids, use_cache=False)
         hidden = outputs.last_hidden_state[:, :-1].flatten(0, 1)
 
-        def loss(logits: torch.Tensor, targets: torch.Tensor, first: int) -> torch.Tensor:
-            counted = targets != -100
+        def loss(logits: torch.Tensor, targets: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
             with torch.no_grad():
-                taught = F.log_softmax(self._logits(hidden[first : first + len(targets)]) / self.temperature, dim=-1)
+                taught = F.log_softmax(self._logits(hidden[places]) / self.temperature, dim=-1)
             learnt = F.log_softmax(logits / self.temperature, dim=-1)
-            divergence = F.kl_div(learnt[counted], taught[counted], reduction="sum", log_target=True)
-            plain = cross_entropy_of_tokens(logits, targets, first)
+            divergence = F.kl_div(learnt, taught, reduction="sum", log_target=True)
+            plain = cross_entropy_of_tokens(logits, targets, places)
             return (1 - self.mix) * plain + self.mix * self.temperature**2 * divergence
 
         return loss

@@ -10,11 +10,13 @@ from torch import nn
 from redepth.checkpoint.cost import count_parameters, training_flops_per_token
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthConfig
+from redepth.modeling.loss import TokenLoss, cross_entropy_of_tokens
 
 from .curriculum import depth_of_step
 from .distillation import Teacher
 from .memory import Memory, memory_of, peak_bytes
 from .recipe import HealRecipe
+from .supervision import supervised_inputs, supervised_steps
 
 MOST_DEPTHS = 20_000  # drawn beforehand, which takes a second
 
@@ -23,7 +25,8 @@ MOST_DEPTHS = 20_000  # drawn beforehand, which takes a second
 class Preflight:
     """
     Attributes:
-        flops: 6·[P + min(r, s)·R + C + max(0, r − s)·R/3] summed over the tokens, r as it will be drawn.
+        flops: 6·[P + min(r, s)·R + k·C + max(0, r − s)·R/3] summed over the tokens, r as it will be drawn, with a loss after
+            k of the steps.
         seconds: forward and backward passes of the whole run, from a few measured ones; None where not measured.
         memory: estimated; None where not measured.
         trainable: parameters that train, by part of the model; frozen: the same for those that don't.
@@ -65,7 +68,12 @@ def parameters_by_part(model: nn.Module) -> tuple[dict[str, int], dict[str, int]
 
 
 def _pass(
-    model: nn.Module, batch: dict[str, Any], num_steps: tuple[int, int], teacher: Teacher | None, bf16: bool
+    model: nn.Module,
+    recipe: HealRecipe,
+    batch: dict[str, Any],
+    num_steps: tuple[int, int],
+    teacher: Teacher | None,
+    bf16: bool,
 ) -> float:
     """Seconds of one forward and backward pass.
 
@@ -76,10 +84,10 @@ def _pass(
     batch = {key: value.to(device) for key, value in batch.items()}
     started = time.monotonic()
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-        extra: dict[str, Any] = {}
+        token_loss: TokenLoss = cross_entropy_of_tokens
         if teacher is not None:
-            extra["token_loss"] = teacher.token_loss(batch["input_ids"], batch.get("position_ids"))
-        loss = model(**batch, num_steps=num_steps, loss_only=True, use_cache=False, **extra).loss
+            token_loss = teacher.token_loss(batch["input_ids"], batch.get("position_ids"))
+        loss = model(**supervised_inputs(recipe, batch, num_steps, token_loss), use_cache=False).loss
     loss.backward()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -132,13 +140,15 @@ def preflight(
     deepest = max(with_gradient for _, with_gradient in depths)
     seconds = memory = None
     if measure:
-        _pass(model, batch, (0, 1), teacher, bf16)  # the first pass is slower than the rest, and makes the gradients
+        _pass(
+            model, recipe, batch, (0, 1), teacher, bf16
+        )  # the first pass is slower than the rest, and makes the gradients
         check_gradients(model)
         device = next(model.parameters()).device
-        activations = peak_bytes(lambda: _pass(model, batch, (0, deepest), teacher, bf16), device)
+        activations = peak_bytes(lambda: _pass(model, recipe, batch, (0, deepest), teacher, bf16), device)
         memory = memory_of(model, recipe, activations, teacher)
-        shallow_seconds = _pass(model, batch, (0, 1), teacher, bf16)
-        deep_seconds = _pass(model, batch, (0, deepest), teacher, bf16) if deepest > 1 else 0.0
+        shallow_seconds = _pass(model, recipe, batch, (0, 1), teacher, bf16)
+        deep_seconds = _pass(model, recipe, batch, (0, deepest), teacher, bf16) if deepest > 1 else 0.0
         per_step = max(deep_seconds - shallow_seconds, 0.0) / max(deepest - 1, 1)
         micro_batches = recipe.batch_size / (len(batch["input_ids"]) * processes)
         seconds = (
@@ -147,8 +157,8 @@ def preflight(
             * sum(shallow_seconds + per_step * (with_gradient - 1 + without / 3) for without, with_gradient in depths)
         )
     else:
-        row = {key: value[:1, :8] for key, value in batch.items()}
-        _pass(model, row, (0, 1), teacher, bf16)
+        row = {key: value[:1, ..., :8] for key, value in batch.items()}
+        _pass(model, recipe, row, (0, 1), teacher, bf16)
         check_gradients(model)
     model.zero_grad(set_to_none=True)
     model.train(was_training)
@@ -162,7 +172,11 @@ def preflight(
         mean_steps=sum(map(sum, depths)) / len(depths),
         flops=(recipe.max_steps / len(depths))
         * tokens_per_step
-        * sum(training_flops_per_token(count, *depth) for depth in depths),
+        * sum(
+            # A step that has a loss besides the last costs one more coda.
+            training_flops_per_token(count, *depth) + 6.0 * (supervised_steps(recipe, depth) - 1) * count.coda
+            for depth in depths
+        ),
         seconds=seconds,
         memory=memory,
         trainable=trainable,

@@ -10,16 +10,20 @@ from transformers import default_data_collator
 
 from redepth.checkpoint.folder import read_recipe
 from redepth.checkpoint.load import load, load_tokenizer, read_config
-from redepth.data.mixture import columns_of, training_and_held_out
+from redepth.data.mixture import columns_of, tasks_of, training_and_held_out
 from redepth.data.survey import count_licenses
 from redepth.errors import RedepthError, one_line
 from redepth.modeling.tokens import check_ids
 from redepth.runtime import has_bf16, keep_freed_memory
 
+from .clock import Progress
 from .distillation import open_teacher
+from .memory import use_memory_savers
 from .optim import check_optimizer, set_trainable
 from .recipe import HealRecipe
-from .trainer import HealTrainer, Progress, training_arguments, use_memory_savers
+from .trainer import HealTrainer, training_arguments
+
+MADE: dict[str, int | None] = {"made for the run": None}  # problems of a task
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ def survey_sources(recipe: HealRecipe, on_progress: Callable[[Progress], None]) 
     """
     columns = columns_of(recipe)
     stated = {source.data: source.license for _, sources in recipe.timetable() for source in sources}
-    licenses = {}
+    licenses: dict[str, dict[str, int | None]] = dict.fromkeys(tasks_of(recipe), MADE)
     for number, (data, column) in enumerate(columns.items()):
 
         def tell(share: float, before: int = number) -> None:
@@ -50,7 +54,12 @@ def survey_sources(recipe: HealRecipe, on_progress: Callable[[Progress], None]) 
 
         licenses[data] = count_licenses(data, column, stated[data], tell)
     return [
-        {"data": source.data, "weight": source.weight, "until": round(end, 6), "licenses": licenses[source.data]}
+        {
+            "data": source.data,
+            "weight": source.weight,
+            "until": round(end, 6),
+            "licenses": licenses.get(source.data, MADE),
+        }
         for end, sources in recipe.timetable()
         for source in sources
     ]

@@ -7,9 +7,10 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from redepth.data.source import PYTHON_DOCS, DataSource
+from redepth.data.source import PYTHON_DOCS, DataSource, is_task
 from redepth.errors import RedepthError, first_line, one_line
 
+DepthSampling = Literal["log-normal-poisson", "fixed", "difficulty", "up-to-difficulty", "earned"]
 Curve = Literal["constant", "linear", "one-minus-sqrt"]
 Group = Literal["prelude", "core", "coda"]
 DEEPEST = 1024  # steps, in every key that counts them
@@ -25,6 +26,15 @@ class Phase(BaseModel):
     data: str | tuple[DataSource, ...] = Field(description="a source, or a mixture")
 
 
+class Stage(BaseModel):
+    """One stretch of the run, with its own limit on how hard problems are."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    share: float = Field(gt=0, le=1, description="share of the optimiser steps")
+    difficulty: int = Field(ge=0, description="of the hardest problems")
+
+
 class HealRecipe(BaseModel):
     """Every key of the section `heal`; each field says what it means, here and in `redepth heal --help`."""
 
@@ -32,7 +42,8 @@ class HealRecipe(BaseModel):
 
     data: str | tuple[DataSource, ...] = Field(
         "python-docs",
-        description="python-docs, a .txt, .jsonl, .json or .parquet file, or a datasets id; in YAML also a list of sources",
+        description="python-docs, a .txt, .jsonl, .json or .parquet file, a datasets id, or task:NAME?option=value; in YAML "
+        "also a list of sources",
     )
     phases: tuple[Phase, ...] = Field((), description="stretches of the run with data of their own, instead of data")
     text_column: str = Field("text", description="column of jsonl, parquet and hub data that holds the text")
@@ -41,6 +52,9 @@ class HealRecipe(BaseModel):
     separate_documents: bool = Field(
         True, description="packed documents don't see each other: attention and positions restart with each"
     )
+    questions: int = Field(8, ge=1, description="questions in each text of a task")
+    stages: tuple[Stage, ...] = Field((), description="stretches of the run by the difficulty of a task's problems")
+    answer_weight: float = Field(1.0, gt=0, description="of a task's answer token in the loss, beside a token of text")
     sequence_length: int = Field(512, ge=8, description="tokens in a row")
     batch_size: int = Field(8, ge=1, description="rows in an optimiser step, over all processes")
     micro_batch_size: int = Field(4, ge=1, description="most rows in a process's memory at once")
@@ -54,14 +68,33 @@ class HealRecipe(BaseModel):
     )
     learning_rate: float = Field(5e-5, gt=0, description="AdamW's rate")
     muon_learning_rate: float = Field(1e-3, gt=0, description="Muon's rate")
+    adapter_rate_factor: float = Field(1.0, gt=0, description="the adapter's rate, in AdamW's rates")
     weight_decay: float = Field(0.0, ge=0, description="of the optimiser")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
     warmup: float = Field(0.05, ge=0, le=1, description="share of the run over which the rate rises")
     decay: float = Field(0.3, ge=0, le=1, description="share of the run over which the rate falls")
 
     mean_recurrence: float = Field(4.0, ge=1, le=DEEPEST, description="mean of the sampled number of steps at the end")
-    depth_sampling: Literal["log-normal-poisson", "fixed"] = Field(
-        "log-normal-poisson", description="how a step's depth is drawn around the mean; fixed runs the mean itself"
+    depth_sampling: DepthSampling = Field(
+        "log-normal-poisson",
+        description="how a step's depth is drawn around the mean; fixed runs the mean itself; difficulty runs as many steps as "
+        "the stage's hardest problems need, and steps_beyond more; up-to-difficulty draws evenly up to there; earned draws "
+        "up to a depth that grows by one whenever the loss of the answers there is below learned_loss",
+    )
+    steps_beyond: int = Field(2, ge=0, description="steps past what the hardest problems need, so that more don't hurt")
+    learned_loss: float = Field(0.25, gt=0, description="nats an answer at which earned goes one step deeper")
+    newest_share: float = Field(0.4, ge=0, lt=1, description="under earned, how often the newest depth is run itself")
+    supervision: Literal["last", "every-step", "sampled-steps"] = Field(
+        "last",
+        description="which steps' predictions have a loss: the last, each that carries a gradient, or the last "
+        "supervised_steps of them",
+    )
+    supervised_steps: int = Field(2, ge=1, description="steps in a row that sampled-steps asks")
+    step_targets: Literal["answer", "own-result"] = Field(
+        "answer", description="a supervised step's label: the right answer, or the task's intermediate result after it"
+    )
+    step_weight_growth: float = Field(
+        1.0, gt=0, description="a supervised step's weight, in the weights of the one before"
     )
     curriculum: Curve = Field("one-minus-sqrt", description="how the mean gets there: constant, linear, one-minus-sqrt")
     curriculum_start: float = Field(1.0, ge=1, description="the mean at the start")
@@ -116,6 +149,22 @@ class HealRecipe(BaseModel):
                 raise ValueError(f"the shares of the phases add up to {sum(p.share for p in self.phases):g}, not 1")
             if self.max_minutes is not None:
                 raise ValueError("phases are shares of max_steps, so they can't go with max_minutes")
+        if self.stages:
+            if abs(sum(stage.share for stage in self.stages) - 1) > 1e-6:
+                raise ValueError(f"the shares of the stages add up to {sum(s.share for s in self.stages):g}, not 1")
+            if self.max_minutes is not None:
+                raise ValueError("stages are shares of max_steps, so they can't go with max_minutes")
+        specs = [source.data for _, sources in self.timetable() for source in sources]
+        if not any(map(is_task, specs)):
+            for key in ("stages", "step_targets", "questions", "answer_weight"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f"{key} is for tasks, but no data is one; name it as task:NAME")
+            if self.depth_sampling not in ("log-normal-poisson", "fixed"):
+                raise ValueError(f"depth_sampling {self.depth_sampling} is for tasks, but no data is one")
+        elif not self.separate_documents:
+            raise ValueError("problems of a task must not see each other; leave separate_documents on")
+        if self.adapter_rate_factor != 1 and self.optimizer == "muon":
+            raise ValueError("adapter_rate_factor is AdamW's, but the optimizer is muon")
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
@@ -152,6 +201,15 @@ class HealRecipe(BaseModel):
                 )
             )
         return table
+
+    def stage_ends(self) -> list[tuple[float, int | None]]:
+        """(end as a share of the run, difficulty of the hardest problems) of each stage; None without a limit."""
+        table: list[tuple[float, int | None]] = []
+        end = 0.0
+        for stage in self.stages:
+            end += stage.share
+            table.append((end, stage.difficulty))
+        return table or [(1.0, None)]
 
     @property
     def data_names(self) -> str:

@@ -2,11 +2,7 @@
 
 import os
 import shutil
-import signal
-import threading
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,88 +21,16 @@ from redepth.data.mixture import TrainingRows
 from redepth.errors import RedepthError, first_line
 from redepth.evaluation.loss import loss_by_depth
 from redepth.modeling import RecurrentDepthForCausalLM
-from redepth.modeling.blocks import Block
+from redepth.modeling.loss import TokenLoss, cross_entropy_of_tokens
 
 from .checkpoints import RUN_FILE, seal
-from .curriculum import depth_of_step, learning_rate_factor, mean_recurrence
+from .clock import Progress, RunClock
+from .curriculum import depth_of_step, learning_rate_factor, mean_depth
 from .distillation import Teacher
 from .guard import SpikeGuard
-from .optim import muon_with_adamw, set_trainable, trainer_optimizer_name, without_lora
+from .optim import muon_with_adamw, set_adapter_rate, set_trainable, trainer_optimizer_name, without_lora
 from .recipe import HealRecipe
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One record of a run, for whoever shows it.
-
-    Attributes:
-        part: `loss before`, `training` or `loss after`.
-        done: share of the part, in [0, 1].
-        loss: of the last optimiser step, in nats per token.
-        remark: something to be told once, beside the progress.
-    """
-
-    part: str
-    done: float
-    step: int = 0
-    loss: float | None = None
-    mean_recurrence: float | None = None
-    tokens_per_second: float | None = None
-    remark: str = ""
-
-
-class RunClock(TrainerCallback):
-    """Progress of the run in [0, 1], by steps or by time, whichever is further, and when to stop.
-
-    All processes go by the slowest one's time and stop together. SIGTERM ends the run after the current step, with a
-    checkpoint.
-    """
-
-    def __init__(self, max_steps: int, max_minutes: float | None) -> None:
-        self.max_steps = max_steps
-        self.max_minutes = max_minutes
-        self.elapsed = 0.0
-        self.step = 0
-        self.terminated = False
-        self._signalled = False
-        self._former_handler: Any = None
-
-    @property
-    def progress(self) -> float:
-        by_time = self.elapsed / (60 * self.max_minutes) if self.max_minutes else 0.0
-        return min(max(self.step / self.max_steps, by_time), 1.0)
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        self._signalled = True
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._last, self.step = time.monotonic(), state.global_step
-        if threading.current_thread() is threading.main_thread():
-            self._former_handler = signal.signal(signal.SIGTERM, self._on_signal)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        now = time.monotonic()
-        elapsed, self._last, self.step = self.elapsed + now - self._last, now, state.global_step
-        shared = torch.tensor([elapsed, float(self._signalled)], dtype=torch.float64)
-        if args.world_size > 1:
-            shared = shared.to(args.device)
-            torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
-        self.elapsed, self.terminated = shared[0].item(), bool(shared[1])
-        if self.progress >= 1.0 or self.terminated:
-            control.should_training_stop = True
-        if self.terminated:
-            control.should_save = True
-        return control
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._former_handler is not None:
-            signal.signal(signal.SIGTERM, self._former_handler)
+from .supervision import AnswerTally, EarnedDepth, supervised_inputs
 
 
 class HealTrainer(Trainer):
@@ -136,6 +60,8 @@ class HealTrainer(Trainer):
         self.add_callback(self.clock)
         self.add_callback(_HeldOutLosses(recipe.eval_every))
         self.remove_callback(PrinterCallback)
+        self.earned = EarnedDepth(recipe) if recipe.depth_sampling == "earned" else None
+        self._answers = AnswerTally()
         self._micro_step = 0
         self._step_loss = 0.0
 
@@ -148,6 +74,8 @@ class HealTrainer(Trainer):
         assert state is not None
         self.clock.elapsed = state["elapsed"]
         self.guard.load_state(state["guard"])
+        if self.earned is not None:
+            self.earned.load_state(state["earned"])
         self.train_dataset.go_to(state["data"])
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         self.clock.step = self.state.global_step
@@ -163,15 +91,20 @@ class HealTrainer(Trainer):
         return loss
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        inputs = inputs | {
-            "num_steps": depth_of_step(self.recipe, self.state.global_step, self.clock.progress),
-            "loss_only": True,
-        }
+        token_loss: TokenLoss = cross_entropy_of_tokens
+        if self.teacher is not None:
+            token_loss = self.teacher.token_loss(inputs["input_ids"], inputs.get("position_ids"))
+        inputs = supervised_inputs(self.recipe, inputs, self._depth(), token_loss, self._answers)
         if self.plain_model().config.initial_state_mode == "noise":
             inputs["input_states"] = self._noise_states(inputs["input_ids"])
-        if self.teacher is not None:
-            inputs["token_loss"] = self.teacher.token_loss(inputs["input_ids"], inputs.get("position_ids"))
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _depth(self) -> tuple[int, int]:
+        """(steps without, steps with gradient) of the optimiser step in hand."""
+        return depth_of_step(self.recipe, self.state.global_step, self.clock.progress, self._earned_depth())
+
+    def _earned_depth(self) -> int | None:
+        return self.earned.depth if self.earned is not None else None
 
     def _noise_states(self, input_ids: torch.Tensor) -> torch.Tensor:
         """s_0 `[B, T, D]`, fresh at every step, for each row by its place in the run's batch.
@@ -195,6 +128,7 @@ class HealTrainer(Trainer):
             torch.distributed.all_reduce(loss)
             loss /= self.args.world_size
         self._micro_step, self._step_loss = 0, 0.0
+        self._note_answers()
         step = self.state.global_step + 1
         trouble = self.guard.judge(step, loss.item(), whole_norm.item())
         if trouble is not None:
@@ -202,11 +136,26 @@ class HealTrainer(Trainer):
             self.say(f"step {step} is skipped, its {trouble}")
         return norm
 
+    def _note_answers(self) -> None:
+        """Let the depth grow by what all processes' answers of this step have cost."""
+        answers, self._answers = self._answers, AnswerTally()
+        if self.earned is None:
+            return
+        if self.args.world_size > 1:
+            sums = torch.tensor([answers.loss, answers.answers], dtype=torch.float64, device=self.args.device)
+            torch.distributed.all_reduce(sums)
+            answers = AnswerTally(sums[0].item(), int(sums[1]))
+        if self.earned.note(sum(self._depth()), answers.mean):
+            self.say(f"step {self.state.global_step + 1}, {self.earned.depth} steps from here on")
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.recipe.optimizer == "muon" and self.optimizer is None:
             trained: Any = self.model if model is None else model
             self.optimizer = muon_with_adamw(trained, self.recipe, set(self.get_decay_parameter_names(trained)))
-        return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        if self.recipe.adapter_rate_factor != 1:
+            set_adapter_rate(optimizer, self.plain_model(), self.recipe)
+        return optimizer
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -239,6 +188,7 @@ class HealTrainer(Trainer):
             state = {
                 "elapsed": self.clock.elapsed,
                 "guard": self.guard.state(),
+                "earned": self.earned.state() if self.earned is not None else None,
                 "data": self.train_dataset.position(self.state.global_step * self.recipe.batch_size),
             }
             seal(folder, state)
@@ -261,7 +211,12 @@ class HealTrainer(Trainer):
                 register_fsdp_forward_method(model, step_call)
         with torch.autocast(self.args.device.type, dtype=torch.bfloat16, enabled=self.args.bf16):
             return loss_by_depth(
-                model, self.held_out, self.recipe.eval_depths, self.recipe.micro_batch_size, on_row=on_row
+                model,
+                self.held_out,
+                self.recipe.eval_depths,
+                self.recipe.micro_batch_size,
+                on_row=on_row,
+                labels=self.train_dataset.held_out_labels,
             )
 
     def plain_model(self) -> RecurrentDepthForCausalLM:
@@ -289,7 +244,7 @@ class HealTrainer(Trainer):
         if "loss" in logs:
             tokens = self.recipe.batch_size * self.recipe.sequence_length * self.state.global_step
             rate = tokens / self.clock.elapsed if self.clock.elapsed else None
-            depth = mean_recurrence(self.recipe, self.clock.progress)
+            depth = mean_depth(self.recipe, self.clock.progress, self._earned_depth())
             logs = logs | {"mean_recurrence": depth}
             self.on_progress(
                 Progress("training", self.clock.progress, self.state.global_step, logs["loss"], depth, rate)
@@ -309,18 +264,6 @@ class _HeldOutLosses(TrainerCallback):
         if self.every is not None and state.global_step % self.every == 0:
             control.should_evaluate = True
         return control
-
-
-def use_memory_savers(model: RecurrentDepthForCausalLM, recipe: HealRecipe) -> None:
-    """Switch on what the recipe asks for inside the model, before anything is measured or run."""
-    model.transformer.checkpoint_steps = recipe.activation_checkpointing == "step"
-    if recipe.activation_checkpointing == "layer":
-        model.activation_checkpointing_enable()
-    if recipe.compile:
-        # Layer by layer: one compilation serves every step and depth, where the whole model would need one for each.
-        for module in model.modules():
-            if isinstance(module, Block):
-                module.compile()
 
 
 def training_arguments(recipe: HealRecipe, work: Path, bf16: bool) -> TrainingArguments:

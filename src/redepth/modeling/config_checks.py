@@ -76,7 +76,7 @@ def check_rope(parameters: Mapping[str, Any] | None) -> None:
         if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
             known = ", ".join(("default", *ROPE_INIT_FUNCTIONS))
             raise UserError(f"rope_parameters has the rope_type {kind!r}, but it must be one of {known}")
-        if not _is_number(base) or base <= 0:
+        if base is None or not _is_number(base) or base <= 0:
             raise UserError(f"rope_parameters has the rope_theta {base!r}, but it must be a number above 0")
 
 

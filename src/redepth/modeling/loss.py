@@ -9,13 +9,13 @@ from torch.nn import functional as F
 
 LOGITS_AT_ONCE = 2**25  # 128 MiB in fp32
 
-# (logits [n, V] in fp32, targets [n], index of the first of these tokens among the batch's B * (T - 1)) to a summed loss
-TokenLoss = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+# (logits [n, V] in fp32, targets [n], places of these tokens among the batch's B * (T - 1), [n]) to a summed loss
+TokenLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def cross_entropy_of_tokens(logits: torch.Tensor, targets: torch.Tensor, first: int) -> torch.Tensor:
-    """The plain next-token loss, summed over the tokens whose target is not -100."""
-    return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+def cross_entropy_of_tokens(logits: torch.Tensor, targets: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """The plain next-token loss, summed."""
+    return F.cross_entropy(logits, targets, reduction="sum")
 
 
 class _SummedInChunks(torch.autograd.Function):
@@ -74,7 +74,7 @@ def chunked_cross_entropy(
 
     Args:
         hidden: `[B, T, D]`, as the head takes it.
-        labels: `[B, T]`, shifted here; -100 is left out.
+        labels: `[B, T]`, shifted here; -100 is left out, and no logits are made there.
         logits_of: gives the logits `[n, V]` of `[n, D]`.
         num_items: what the summed loss is divided by; the number of labels by default.
         token_loss: the loss of some tokens, where it is not the plain cross-entropy.
@@ -89,10 +89,13 @@ def chunked_cross_entropy(
         states, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(hidden.device)
     else:
         states, targets = hidden.flatten(0, 1), shift_labels.flatten().to(hidden.device)
+    places = (targets != -100).nonzero()[:, 0]
+    if len(places) < len(targets):
+        states, targets = states[places], targets[places]
     size = max(LOGITS_AT_ONCE // vocab_size, 1)
 
     def summed(chunk: torch.Tensor, first: int) -> torch.Tensor:
-        return token_loss(logits_of(chunk).float(), targets[first : first + size], first)
+        return token_loss(logits_of(chunk).float(), targets[first : first + size], places[first : first + size])
 
     learned = [parameter for parameter in parameters if parameter.requires_grad]
     if torch.is_grad_enabled() and (states.requires_grad or learned):
@@ -101,4 +104,4 @@ def chunked_cross_entropy(
         total = hidden.new_zeros((), dtype=torch.float32)
         for first in range(0, len(states), size):
             total = total + summed(states[first : first + size], first)
-    return total / (num_items if num_items is not None else (targets != -100).sum())
+    return total / (num_items if num_items is not None else len(targets))

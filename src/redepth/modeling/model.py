@@ -3,7 +3,7 @@
 Shapes: B batch, T new tokens, S stored and new tokens, D width, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -209,6 +209,8 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, RecurrentDepthGen
         logits_to_keep: int | torch.Tensor = 0,
         loss_only: bool = False,
         token_loss: TokenLoss = cross_entropy_of_tokens,
+        step_labels: torch.Tensor | None = None,
+        step_weights: Sequence[float] | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -224,6 +226,9 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, RecurrentDepthGen
             logits_to_keep: how many last tokens get logits, 0 for all, or their indices.
             loss_only: with labels, compute the loss a few tokens at a time and return no logits.
             token_loss: the loss of some tokens under `loss_only`; the cross-entropy by default.
+            step_labels: `[B, S, T]`, under `loss_only` in place of `labels`: for each of the last S steps its own, each of
+                which leaves through coda and head.
+            step_weights: of those S losses in the whole; equal by default.
 
         Raises:
             ValueError: for num_steps < 1, a mask that can't be honoured, or more tokens than `block_size`.
@@ -255,22 +260,31 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, RecurrentDepthGen
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             read_logits=self.read_logits,
+            supervised_steps=1 if step_labels is None else step_labels.shape[1],
             **{name: value for name, value in keywords.items() if value is not None},
         )
         hidden, logits, loss = outputs.last_hidden_state, None, None
         has_labels = labels is not None or shift_labels is not None
         items = kwargs.get("num_items_in_batch")
-        if loss_only and has_labels:
-            loss = chunked_cross_entropy(
-                hidden,
-                labels,
-                self.logits,
-                self.config.vocab_size,
-                items,
-                token_loss,
-                parameters=self.lm_head.parameters(),
-                shift_labels=shift_labels,
-            )
+        if loss_only and (has_labels or step_labels is not None):
+            left = outputs.step_hidden_states or (hidden,)
+            asked = [labels] * len(left) if step_labels is None else step_labels.unbind(1)
+            weights = list(step_weights) if step_weights is not None else [1.0] * len(left)
+            losses = [
+                chunked_cross_entropy(
+                    hidden_of_step,
+                    labels_of_step,
+                    self.logits,
+                    self.config.vocab_size,
+                    items,
+                    token_loss,
+                    parameters=self.lm_head.parameters(),
+                    shift_labels=shift_labels if step_labels is None else None,
+                )
+                for hidden_of_step, labels_of_step in zip(left, asked, strict=True)
+            ]
+            shares = torch.tensor(weights, device=losses[0].device) / sum(weights)
+            loss = (torch.stack(losses) * shares).sum()
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.logits(hidden[:, kept])

@@ -43,6 +43,7 @@ class StackOutput(ModelOutput):
         hidden_states: see `RecurrentDepthOutput`.
         attentions: always None; transformers' heads ask.
         stats: see `RecurrentDepthOutput`.
+        step_hidden_states: with `supervised_steps`, what `last_hidden_state` would be after each of the last so many steps.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -51,6 +52,7 @@ class StackOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: None = None
     stats: dict[str, Any] | None = None
+    step_hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
 class RecurrentStack(RecurrentDepthPreTrainedModel):
@@ -281,6 +283,7 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         read_logits: ReadLogits | None = None,
+        supervised_steps: int = 1,
         return_dict: bool | None = None,
         **keywords: Any,
     ) -> StackOutput | tuple[Any, ...]:
@@ -288,6 +291,7 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
 
         Args:
             read_logits: the head, for exit tests that look at logits.
+            supervised_steps: how many of the last steps leave through the coda, for a loss at each of them.
             keywords: those of `DepthPolicy.resolve`, in place of a policy.
         """
         if use_cache is None:
@@ -315,6 +319,10 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
                 )
             if torch.is_grad_enabled() and self.training:
                 raise UserError("a criterion is for inference; call model.eval() and give num_steps as one number")
+        if not 1 <= supervised_steps <= policy.num_steps:
+            raise UserError(f"supervised_steps={supervised_steps} must be from 1 to num_steps={policy.num_steps}")
+        if supervised_steps > 1 and (use_cache or cache is not None or policy.test is not None):
+            raise UserError("supervised_steps is for training; pass use_cache=False, and no cache or criterion")
         if cache is None and (use_cache or policy.test is not None):
             cache = RecurrentDepthCache(self.config, policy.cache_rule.name)
         carried = None
@@ -339,6 +347,7 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
             state = self.initial_state(embedded, context.position_ids, policy.state_seed)
         state = context.watched("state", None, 0, state)
         steps_run = None
+        left_before: list[torch.Tensor] = []
         stats: dict[str, Any] = {"num_steps": policy.num_steps}
         if policy.test is not None:
             assert cache is not None
@@ -347,9 +356,12 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
             state, steps_run, core_passes = self.run_adaptive(embedded, state, context, policy, real, read_logits)
             stats = {"num_steps": steps_run, "core_passes": core_passes}
         else:
-            state = self.run_fixed(
-                embedded, state, context, policy.num_steps, without_gradient=policy.without_gradient, record=record
-            )
+            done = 0
+            for step in range(policy.num_steps - supervised_steps + 1, policy.num_steps + 1):
+                state = self.run_fixed(embedded, state, context, step, done + 1, policy.without_gradient, record)
+                done = step
+                if step < policy.num_steps:
+                    left_before.append(self.run_coda(state, context)[1])
         latent_states, hidden = self.leave(state, context, record, steps_run)
         output = StackOutput(
             last_hidden_state=hidden,
@@ -357,6 +369,7 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
             latent_states=latent_states,
             hidden_states=tuple(record) if record is not None else None,
             stats=stats,
+            step_hidden_states=(*left_before, hidden) if supervised_steps > 1 else None,
         )
         return output if return_dict is not False else output.to_tuple()
 
