@@ -293,7 +293,7 @@ def test_every_key_of_the_recipe_is_a_flag(redepth_command) -> None:
     for key, field in HealRecipe.model_fields.items():
         assert field.description
         flag = f"--{key.replace('_', '-')}"
-        assert key == "phases" or flag in shown or f"{flag[:15]}" in shown, key
+        assert key in ("phases", "stages") or flag in shown or f"{flag[:15]}" in shown, key
 
 
 def test_heal_mistakes_leave_nothing(redepth_command, checkpoint: Path) -> None:

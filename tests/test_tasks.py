@@ -292,7 +292,7 @@ def test_reasoning_gym_is_an_extra():
     try:
         import reasoning_gym  # noqa: F401
     except ImportError:
-        with pytest.raises(RedepthError, match=r"redepth\[tasks\]"):
+        with pytest.raises(RedepthError, match=r"redepth\[eval\]"):
             open_task("task:reasoning-gym/chain_sum")
         return
     task = open_task("task:reasoning-gym/chain_sum?max_terms=3")

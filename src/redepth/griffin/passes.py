@@ -163,13 +163,13 @@ def prepare(
             raise UserError(f"position_ids has shape {list(position_ids.shape)}, but must be [{batch}, {tokens}]")
         position_ids = position_ids.expand(batch, -1)
 
-    restore = None
+    restore = given = None
     if real is not None:
         order = padding_first(real)
         if not stands_left(order):
             restore = padding_back(real)
             x = align_right(x, order, dim=1)
-            real = align_right(real, order, dim=1)
+            given, real = real, align_right(real, order, dim=1)
             position_ids = align_right(position_ids, order, dim=1) if position_ids is not None else None
 
     padded = real is not None or (cache is not None and cache.real_tokens is not None)
@@ -222,7 +222,7 @@ def prepare(
         sin=sin,
         segments=segments,
         cache=cache,
-        timeline=Timeline(fresh, starts, since_start, real, input_order, restore is not None),
+        timeline=Timeline(fresh, starts, since_start, real, input_order, given),
         key_order=key_order,
         restore=restore,
         attentions=[] if whole else None,

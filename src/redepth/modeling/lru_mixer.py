@@ -54,8 +54,8 @@ class Timeline:
     real: torch.Tensor | None = None
     # The reordering that puts new padding left of the stored inputs, `[B, C - 1 + T]`.
     input_order: torch.Tensor | None = None
-    # Whether columns were moved to put padding left, so that they are not the caller's.
-    reordered: bool = False
+    # `[B, T]`, the same of the caller's columns, where they were moved to put padding left.
+    given: torch.Tensor | None = None
 
     def croppable_after(self, before: int, tokens: int) -> int:
         """How many of the caller's columns can be taken back after this pass over `tokens`, if all of it is recorded.
@@ -65,8 +65,10 @@ class Timeline:
         """
         if self.real is None:
             return before + tokens
-        # Beside padding a column is a token of every row or can't be taken back.
-        return 0 if self.reordered else int(self.real.all(0).flip(0).long().cumprod(0).sum())
+        # Beside padding a column is a token of every row or can't be taken back. Moving padding left leaves the last
+        # columns, up to the last padding of any row, where they are.
+        given = self.given if self.given is not None else self.real
+        return int(given.all(0).flip(0).long().cumprod(0).sum())
 
 
 class RGLRU(nn.Module):

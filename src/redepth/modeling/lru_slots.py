@@ -68,7 +68,7 @@ def reading_order(
         return ReadingOrder(Timeline(fresh=past == 0))
 
     assert real is not None
-    order = restore = input_order = None
+    order = restore = input_order = given = None
     read = mask[:, :past].sum(1, keepdim=True)
     if surely(real.all()):
         starts = (read == 0) & (torch.arange(tokens, device=device) == 0)
@@ -79,13 +79,13 @@ def reading_order(
         order = None
     else:
         restore = padding_back(real)
-        real = real.gather(1, order)
+        given, real = real, real.gather(1, order)
     starts = real & (read + real.cumsum(1) == 1)
     if past:
         held = torch.ones(batch, taps - 1, dtype=torch.bool, device=device)
         input_order = padding_first(torch.cat([held, real], 1))
-    timeline = Timeline(starts=None if surely(~starts.any()) else starts, real=real, input_order=input_order)
-    timeline.reordered = order is not None
+    starts_or_none = None if surely(~starts.any()) else starts
+    timeline = Timeline(starts=starts_or_none, real=real, input_order=input_order, given=given)
     return ReadingOrder(timeline, order, restore)
 
 
