@@ -116,4 +116,8 @@ def prepare(folder: Path, recipe: HealRecipe, work: Path, on_progress: Callable[
         if recipe.report_to in ("auto", "none"):
             raise
         raise RedepthError(f"report_to {recipe.report_to!r}: {one_line(error)}") from None
+    if trainer.is_fsdp_enabled and recipe.train == "lora":
+        raise RedepthError(
+            "train: lora can't be sharded by FSDP; run it without, by torchrun alone, or train core+adapter"
+        )
     return Prepared(trainer, bf16, config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)

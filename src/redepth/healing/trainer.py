@@ -28,7 +28,7 @@ from .clock import Progress, RunClock
 from .curriculum import depth_of_step, learning_rate_factor, mean_depth
 from .distillation import Teacher
 from .guard import SpikeGuard
-from .optim import muon_with_adamw, set_adapter_rate, set_trainable, trainer_optimizer_name, without_lora
+from .optim import muon_with_adamw, set_adapter_rate, trainer_optimizer_name, without_lora
 from .recipe import HealRecipe
 from .supervision import AnswerTally, EarnedDepth, supervised_inputs
 
@@ -232,10 +232,10 @@ class HealTrainer(Trainer):
             self.accelerator.unwrap_model(self.model),
             options=StateDictOptions(full_state_dict=True, cpu_offload=True),
         )
-        model = set_trainable(RecurrentDepthForCausalLM(self.plain_model().config), self.recipe)
+        model = RecurrentDepthForCausalLM(self.plain_model().config)
         if self.args.should_save:  # the others are given nothing
             model.load_state_dict(weights)
-        return without_lora(model)
+        return model
 
     def say(self, remark: str) -> None:
         self.on_progress(Progress("training", self.clock.progress, self.state.global_step, remark=remark))
