@@ -22,6 +22,7 @@ from rich.table import Table
 
 import redepth
 from redepth.checkpoint.folder import read_recipe, write_json
+from redepth.cli.console import hush_libraries
 from redepth.data.tasks import ArrayTask, open_task
 from redepth.evaluation.plots import plot_accuracy_by_depth, plot_loss_by_depth
 from redepth.evaluation.tasks import TaskAccuracy, compact_batches, task_accuracy
@@ -56,6 +57,7 @@ def train(kind: str, say: Any = None) -> None:
     if (FOLDER / kind / "config.json").exists():
         return
     torch.set_num_threads(1)
+    hush_libraries()  # the control has a process of its own
     task = require_array_task(open_task(TASK), TASK)
     training = TRAININGS[kind]
     config = task_config(task, num_steps=training.num_steps or task.depth[1] + training.beyond)
@@ -111,8 +113,9 @@ def show_depth(looped: TaskAccuracy, static: TaskAccuracy) -> None:
 
 
 def show_example(task: ArrayTask) -> None:
-    """One question, the first of its seed, answered at four depths and by the control."""
-    problem = task.problems("harder", 1, EXAMPLE_SEED, questions=1)
+    """One held-out question, the first of its seed, answered at four depths and by the control."""
+    deepest = task.depth[1]
+    problem = task.problems("held-out", 1, EXAMPLE_SEED, questions=1, depth=(deepest, deepest))
     words = [task.words[number] for number in (*task.statement(problem)[0], task.asked(problem)[0, 0, 0])]
     route = [task.say(int(node)).strip() for node in task.results(problem, int(problem.difficulty[0, 0]))[:, 0, 0]]
     console.print(f"\nOne question: where does {route[0]} lead in the end? The way is {' → '.join(route)}.")
@@ -198,6 +201,7 @@ def real_model() -> list[str]:
 
 
 def main() -> None:
+    hush_libraries()
     started = time.monotonic()
     FOLDER.mkdir(exist_ok=True)
     depth_pays()

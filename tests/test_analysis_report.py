@@ -194,3 +194,10 @@ def test_pictures_do_not_depend_on_the_user_s_style(tmp_path: Path) -> None:
     assert plots.INK in svg
     assert "#ff0000" not in svg
     assert "currentColor" in plots.inline_svg(figure, "exits")
+
+
+def test_a_line_that_only_one_panel_has_is_named() -> None:
+    figure = plots.plot_by_step(
+        {"loss": {"looped": [2.0, 1.0], "static": [1.5, 1.5]}, "agreement": {"looped": [0.5, 1.0]}}
+    )
+    assert [text.get_text() for legend in figure.legends for text in legend.get_texts()] == ["looped", "static"]

@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import redepth
@@ -133,5 +134,20 @@ def test_the_checkpoint_keeps_and_obeys_it(zoo, tmp_path, caplog) -> None:
 
 
 def test_refusals(tmp_path) -> None:
-    with pytest.raises(RedepthError, match="not a local folder"):
+    with pytest.raises(RedepthError, match="is no local folder"):
         calibrate("someone/some-model", random_ids(1, 8), "random")
+
+
+def test_what_is_no_number_is_not_calibrated(zoo, tmp_path) -> None:
+    out = tmp_path / "out"
+    redepth.convert(zoo["llama"], out, core="2:4")
+    file = out / "model.safetensors"
+    config, tensors = (out / "config.json").read_bytes(), load_file(file)
+    for value, message in (
+        (float("nan"), "NaN or infinite in tensor"),
+        (1e38, "loss of row 1 after 1 steps is|logits are NaN"),
+    ):
+        save_file(tensors | {"transformer.ln_f.weight": torch.full((24,), value)}, file, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            calibrate(out, random_ids(2, 8), "random", 3)
+    assert (out / "config.json").read_bytes() == config

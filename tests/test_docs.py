@@ -4,7 +4,9 @@ import ast
 import inspect
 import pkgutil
 import re
+import runpy
 import shlex
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -64,7 +66,7 @@ def missing_file(word: str, in_shell: bool) -> bool:
     if re.search(r"[*{<:=…$]", name):
         return False
     if slash:
-        ours = first in FOLDERS or name.endswith(".py")
+        ours = (first in FOLDERS and not name.endswith(".json")) or name.endswith(".py")  # healing/ is OUT/healing too
         return ours and not any((root / name).exists() for root in (ROOT, PACKAGE))
     # In shell a bare name that is no program is the reader's own.
     named = name.endswith(".py" if in_shell else SUFFIXES)
@@ -101,7 +103,9 @@ def unknown_flags(line: str) -> list[str]:
 
 @pages
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r"^(<<<<<<<|>>>>>>>) ", text, flags=re.MULTILINE), f"{page.name} holds both sides of a merge"
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if re.match(r"\w+:", target):
             continue
         name, _, anchor = target.partition("#")
@@ -136,6 +140,13 @@ def test_commands_and_flags_exist(page: Path) -> None:
 
 
 @pages
+def test_extras_exist(page: Path) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    for named in re.findall(r"\bredepth\[([\w,]+)\]", page.read_text(encoding="utf-8")):
+        assert set(named.split(",")) <= set(extras), f"{page.name} names redepth[{named}], which is no extra"
+
+
+@pages
 def test_python_names_exist(page: Path) -> None:
     for name in set(re.findall(r"(?<![\w./-])redepth(?:\.[A-Za-z_]\w*)+", page.read_text(encoding="utf-8"))):
         try:
@@ -152,6 +163,12 @@ def test_python_calls_have_their_arguments(page: Path) -> None:
             if name.startswith("redepth."):
                 given = {keyword.arg: None for keyword in call.keywords if keyword.arg}
                 inspect.signature(pkgutil.resolve_name(name)).bind_partial(*call.args, **given)
+
+
+def test_the_tree_of_files_is_as_it_is() -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "tree.py"))
+    page = script["PAGE"].read_text(encoding="utf-8")
+    assert script["written"](page) == script["tree"](), "files or their first lines have changed; run make tree"
 
 
 @pytest.mark.parametrize(

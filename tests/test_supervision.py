@@ -1,6 +1,7 @@
 """What a training step asks of which steps: losses and gradients, labels and their places, stages and earned depths."""
 
 import itertools
+import json
 import shutil
 from pathlib import Path
 
@@ -115,9 +116,8 @@ def test_labels_lie_on_the_answers_and_nowhere_else() -> None:
 
 
 def test_text_beside_a_task_keeps_its_labels_at_every_step(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text(
-        '{"text": "' + "abcdefgh " * 200 + '"}\n' + '{"text": "' + "hgfedcba " * 200 + '"}\n'
-    )
+    documents = "".join(json.dumps({"text": "abcdefgh " * 40}) + "\n" for _ in range(8))
+    (tmp_path / "a.jsonl").write_text(documents)
     recipe = HealRecipe(**TASKS | {"data": [{"data": TASK}, {"data": str(tmp_path / "a.jsonl")}], "eval_rows": 1})
     training, held_out = training_and_held_out(byte_tokenizer(), recipe)
     assert training.held_out_labels is None

@@ -146,6 +146,19 @@ def test_each_supervision_learns_and_counts_its_work(task):
             assert record.most_steps == num_steps
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"updates": 0}, "updates=0"),
+        ({"supervision": "scratchpad"}, "num_steps=0"),
+        ({"num_steps": 1}, "at least window=2"),
+    ],
+)
+def test_impossible_training(options, said):
+    with pytest.raises(RedepthError, match=said):
+        TaskTraining(**options)
+
+
 def test_training_ends_on_time(task):
     training = TaskTraining(updates=10_000, seconds=0.5, batch_size=4)
     _, record = train_on_task(task, task_config(task, width=16), training)

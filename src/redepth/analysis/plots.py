@@ -268,8 +268,8 @@ def plot_by_step(curves: dict[str, dict[str, Any]], first_step: int = 1) -> Any:
         axes.set_xlabel("num_steps")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.2)
-    if len(lines) > 1:
-        handles, labels = grid[0, 0].get_legend_handles_labels()
+    handles, labels = max((axes.get_legend_handles_labels() for axes in grid[0]), key=lambda found: len(found[1]))
+    if len(labels) > 1:
         figure.legend(handles, labels, loc="outside lower left", ncols=len(labels), labelcolor=INK)
     return figure
 

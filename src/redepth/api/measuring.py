@@ -76,15 +76,21 @@ def calibrate(
     Raises:
         RedepthError: for a checkpoint that is not a local folder, or text or numbers that do not fit.
     """
+    from redepth.checkpoint.folder import CheckpointFolder
     from redepth.checkpoint.load import load_tokenizer, local_checkpoint, read_config
     from redepth.data.rows import held_out_text
     from redepth.evaluation.calibrate import calibrate as measure
+    from redepth.runtime import choose_device
 
+    choose_device(device)
     if most_steps is not None and most_steps < 2:
         raise RedepthError(f"--most-steps must be at least 2, got {most_steps}; there is nothing to compare")
     if rows < 1 or sequence_length < 2:
         raise RedepthError(f"--rows {rows} and --sequence-length {sequence_length} must be at least 1 and 2")
     config, _ = read_config(local_checkpoint(checkpoint))
+    CheckpointFolder(checkpoint).check_writable()
+    if most_steps is not None and most_steps > config.max_num_steps:
+        raise RedepthError(f"--most-steps {most_steps} is more than this model's max_num_steps, {config.max_num_steps}")
     if sequence_length > config.block_size:
         raise RedepthError(
             f"--sequence-length {sequence_length} is more than the {config.block_size} this model allows"

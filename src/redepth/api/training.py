@@ -8,11 +8,11 @@ from redepth.errors import RedepthError
 
 if TYPE_CHECKING:
     from redepth.evaluation.held_out import Evaluation
+    from redepth.healing.clock import Progress
     from redepth.healing.heal import Healing
     from redepth.healing.preflight import Preflight
     from redepth.healing.recipe import HealRecipe
     from redepth.healing.retrofit import RetrofitRecipe
-    from redepth.healing.trainer import Progress
 
 
 def heal(

@@ -1,5 +1,6 @@
 """The command line: one file a command; what `import redepth` does not load is imported inside the command."""
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -50,7 +51,8 @@ def told(error: Exception) -> tuple[str, int]:
     """An exception as a line for standard error, empty where there is nothing to say, and the exit code."""
     if isinstance(error, BrokenPipeError):
         # Whoever read our output has left; what is still held back goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with contextlib.suppress(OSError):  # of a standard output that is no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return "", 1
     if isinstance(error, typer.Abort):
         return "", INTERRUPTED

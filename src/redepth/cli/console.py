@@ -28,6 +28,8 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let modelling code that comes with the source run.")
 ]
 
+# What torch's and numpy's generators both take.
+SEEDS: Any = {"min": 0, "max": 2**32 - 1}
 SECONDS_BETWEEN_LINES = 30.0
 
 remarks = Console(stderr=True)

@@ -10,6 +10,7 @@ from redepth import api
 from redepth.errors import RedepthError
 
 from .console import (
+    SEEDS,
     AsJson,
     Device,
     FamilyFile,
@@ -79,7 +80,7 @@ def command(
     tie: Annotated[
         bool | None, typer.Option("--tie/--untie", help="Tie head and embedding; as in the source by default.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of a random adapter.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of a random adapter.", **SEEDS)] = 0,
     verify: Annotated[bool, typer.Option(help="Compare with the source when done.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that redepth wrote.")] = False,
     revision: Revision = None,

@@ -11,6 +11,7 @@ from redepth import api
 from redepth.errors import RedepthError
 
 from .console import (
+    SEEDS,
     AsJson,
     Checkpoint,
     Device,
@@ -38,7 +39,7 @@ def command(
     ] = None,
     exit_threshold: Annotated[str, typer.Option(help="Threshold of the exit test; auto for its default.")] = "auto",
     limit: Annotated[int, typer.Option(help="Number of problems from each split.")] = 256,
-    seed: Annotated[int, typer.Option(help="Seed of the problems.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the problems.", **SEEDS)] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for tasks.json and a heat map of each task.")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",

@@ -10,7 +10,7 @@ import redepth
 from redepth import api
 from redepth.errors import RedepthError
 
-from .console import AsJson, Checkpoint, Device, Dtype, Quiet, hush_libraries, print_json, remarks, results
+from .console import SEEDS, AsJson, Checkpoint, Device, Dtype, Quiet, hush_libraries, print_json, remarks, results
 
 # From few steps to many.
 COLOURS = ("bright_black", "blue", "cyan", "green", "yellow", "bright_red", "bold magenta")
@@ -32,7 +32,7 @@ def command(
     max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to add.")] = 40,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens with this mass.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.", **SEEDS)] = 0,
     criterion: Annotated[
         str | None, typer.Option(help="Adaptive exit: kl, entropy-diff, latent-diff, cosine or argmax-stability.")
     ] = None,

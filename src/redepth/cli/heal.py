@@ -15,8 +15,8 @@ from redepth import HealRecipe, api
 from .console import AsJson, Checkpoint, Quiet, hush_libraries, loss_table, print_json, progress_bar, remarks, results
 
 if TYPE_CHECKING:
+    from redepth.healing.clock import Progress
     from redepth.healing.preflight import Preflight
-    from redepth.healing.trainer import Progress
 
 
 def note(record: "Progress") -> str:

@@ -9,7 +9,7 @@ from rich.table import Table
 from redepth import api
 from redepth.errors import RedepthError
 
-from .console import AsJson, Quiet, hush_libraries, print_json, results
+from .console import SEEDS, AsJson, Quiet, hush_libraries, print_json, results
 
 
 def command(
@@ -19,7 +19,7 @@ def command(
         str | None, typer.Option(help="Folder or hub id to take a tokenizer from; sets the vocabulary.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.", **SEEDS)] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that redepth wrote.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Count the parameters; make no weights.")] = False,
     as_json: AsJson = False,

@@ -3,6 +3,12 @@
 from pydantic import BaseModel, ConfigDict, Field
 
 PYTHON_DOCS = "python-docs"
+TASK_PREFIX = "task:"
+
+
+def is_task(data: str) -> bool:
+    """Whether a name of data is a task's spec."""
+    return data.startswith(TASK_PREFIX)
 
 
 class DataSource(BaseModel):

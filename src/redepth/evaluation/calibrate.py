@@ -1,5 +1,6 @@
 """Choosing r: what each step of depth buys, measured once and kept in the checkpoint."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ WANTED_AGREEMENTS = {"99%": 0.99, "95%": 0.95}
 ENOUGH = 0.005  # nats: the default depth is the shallowest whose loss is this close to the lowest
 SOUND = 0.1  # nats: depths whose loss is this close to the lowest are in the valid range
 CANDIDATES = 400  # thresholds tried for each test
+TOKENS_AT_ONCE = 64  # whose logits are widened to fp32
 
 
 @dataclass
@@ -53,32 +55,32 @@ def measure_depths(
         on_row: called with (rows done, rows in all).
 
     Raises:
+        RedepthError: for a loss that is not finite.
         ValueError: where the model's logits are NaN.
     """
     found = Measurement(*torch.zeros(2, most_steps, dtype=torch.float64))
     for row, ids in enumerate(tokens.to(model.device).split(1), 1):
         states = list(model.states_by_step(ids, most_steps))
-
-        def logits_after(step: int) -> torch.Tensor:
-            logits = model.predict_from_latents(states[step]).logits  # noqa: B023
-            assert logits is not None
-            check_numbers(logits)
-            return logits[0].float()
-
-        deepest_logits = logits_after(most_steps)
-        deepest = F.log_softmax(deepest_logits, dim=-1)
-        picks, courses = [], {name: [] for name in EXIT_TESTS}  # type: ignore[var-annotated]
+        deepest = _logits_of(model, states[-1])
+        picks: list[torch.Tensor] = []
+        courses: dict[str, list[torch.Tensor]] = {name: [] for name in EXIT_TESTS}
         old = None
         for step in range(1, most_steps + 1):
-            logits = logits_after(step) if step < most_steps else deepest_logits
-            log_p = F.log_softmax(logits, dim=-1)
-            found.losses[step - 1] += F.nll_loss(log_p[:-1], ids[0, 1:], reduction="sum").double().cpu()
-            found.divergences[step - 1] += F.kl_div(log_p, deepest, reduction="sum", log_target=True).double().cpu()
+            logits = _logits_of(model, states[step]) if step < most_steps else deepest
+            loss, divergence = _loss_and_divergence(logits, deepest, ids[0, 1:])
+            if not math.isfinite(loss):
+                raise RedepthError(
+                    f"the loss of row {row} after {step} steps is {loss}, so there is nothing to compare; stay below that "
+                    "with --most-steps, or look at the checkpoint"
+                )
+            found.losses[step - 1] += loss
+            found.divergences[step - 1] += divergence
             picks.append(logits.argmax(-1).cpu())
             if old is not None:
                 for name, test in EXIT_TESTS.items():
-                    pair = (logits, old) if test.of_logits else (states[step][0].float(), states[step - 1][0].float())
-                    courses[name].append(test.measure(*pair).cpu())
+                    new_old = (logits, old) if test.of_logits else (states[step][0], states[step - 1][0])
+                    parts = zip(*(tensor.split(TOKENS_AT_ONCE) for tensor in new_old), strict=True)
+                    courses[name].append(torch.cat([test.measure(a.float(), b.float()) for a, b in parts]).cpu())
             old = logits
         found.picks.append(torch.stack(picks))
         for name, course in courses.items():
@@ -87,6 +89,30 @@ def measure_depths(
         if on_row is not None:
             on_row(row, len(tokens))
     return found
+
+
+def _logits_of(model: RecurrentDepthForCausalLM, state: torch.Tensor) -> torch.Tensor:
+    """`[T, V]` from a state `[1, T, D]`, in the model's dtype."""
+    logits = model.predict_from_latents(state).logits
+    assert logits is not None
+    check_numbers(logits)
+    return logits[0]
+
+
+def _loss_and_divergence(logits: torch.Tensor, deepest: torch.Tensor, targets: torch.Tensor) -> tuple[float, float]:
+    """Summed over tokens, in nats, made in fp32 for a few tokens at a time.
+
+    Args:
+        logits, deepest: `[T, V]`.
+        targets: `[T − 1]`, the tokens that follow.
+    """
+    loss = divergence = 0.0
+    for first in range(0, len(logits), TOKENS_AT_ONCE):
+        part = slice(first, first + TOKENS_AT_ONCE)
+        log_p, log_deepest = (F.log_softmax(table[part].float(), dim=-1) for table in (logits, deepest))
+        divergence += F.kl_div(log_p, log_deepest, reduction="sum", log_target=True).item()
+        loss += F.nll_loss(log_p[: len(targets[part])], targets[part], reduction="sum").item()
+    return loss, divergence
 
 
 def exit_steps(test: ExitTest, course: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -205,7 +231,7 @@ def calibrate(
         `agreement` and `exit_rates` at the tests' default thresholds.
 
     Raises:
-        RedepthError: for a checkpoint that is not a local folder, or most_steps below 2.
+        RedepthError: for a checkpoint that is not a local folder, most_steps below 2, or losses that are not finite.
     """
     folder = local_checkpoint(checkpoint)
     model: Any = load(checkpoint, dtype, device)

@@ -38,13 +38,13 @@ def loss_by_depth(
     totals = dict.fromkeys(depths, 0.0)
     for start in range(0, len(tokens), batch_size):
         ids = tokens[start : start + batch_size].to(model.device)
-        targets = labels[start : start + batch_size, 1:].flatten().to(model.device)
+        targets = labels[start : start + batch_size, 1:].to(model.device)
         for step, state in enumerate(model.states_by_step(ids, max(depths))):
             if step in totals:
                 logits = model.predict_from_latents(state).logits
                 assert logits is not None
-                losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum")
-                totals[step] += losses.item()
+                for row, wanted in zip(logits, targets, strict=True):  # so that one row alone is widened to fp32
+                    totals[step] += F.cross_entropy(row[:-1].float(), wanted, reduction="sum").item()
         if on_row is not None:
             on_row(min(start + batch_size, len(tokens)), len(tokens))
     model.train(was_training)

@@ -63,6 +63,18 @@ class TaskTraining:
     ramp: float = 0.3
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if min(self.updates, self.batch_size, self.window) < 1:
+            raise RedepthError(
+                f"updates={self.updates}, batch_size={self.batch_size} and window={self.window} must be at least 1"
+            )
+        if self.supervision == "scratchpad" and self.num_steps < 1:
+            raise RedepthError(
+                f"num_steps={self.num_steps} must be at least 1 where intermediate results are written out"
+            )
+        if self.supervision == "every-step" and 0 < self.num_steps < self.window:
+            raise RedepthError(f"num_steps={self.num_steps} must be at least window={self.window}")
+
 
 @dataclass(frozen=True)
 class TrainingRecord:
@@ -141,39 +153,17 @@ def train_on_task(
         if training.supervision != "every-step":
             longest = min(most, max(longest, 1 + int(most * done / training.ramp)))
         batch_seed = training.seed * 1_000_003 + update
-        depth = (min(least, longest), longest)
-        if training.supervision == "scratchpad":
-            written = task.scratchpad_batch("train", training.batch_size, batch_seed, depth)
-            logits = model(
-                written.ids,
-                attention_mask=written.attention_mask,
-                position_ids=written.position_ids,
-                num_steps=training.num_steps,
-                use_cache=False,
-            ).logits
-            loss = F.cross_entropy(logits.flatten(0, 1), written.labels.flatten(), ignore_index=IGNORED)
-            before, steps, read = 0, training.num_steps, written.ids.numel()
-            passes = 1
-        else:
-            if training.supervision == "every-step":
-                before = int(torch.randint(0, reach - training.window + 1, (), generator=draws))
-                steps, passes = training.window, training.window
-            elif training.num_steps:
-                before, steps, passes = 0, training.num_steps, 1
-            else:
-                before, steps, passes = *sample_num_steps(most, ALL_STEPS, draws), 1
-            batch = task.batch("train", training.batch_size, batch_seed, before + steps, depth)
-            loss = _loss_of_steps(model, batch, before, steps, every_step=training.supervision == "every-step")
-            read = batch.ids.numel()
-        loss.backward()
+        work = _ask(model, task, training, batch_seed, (min(least, longest), longest), reach, draws)
+        work.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         update += 1
-        tokens += read
-        flops += read * (training_flops_per_token(count, before, steps) + 6.0 * (passes - 1) * count.coda)
-        most_steps = max(most_steps, before + steps)
-        value = loss.item()
+        tokens += work.tokens
+        per_token = training_flops_per_token(count, work.before, work.steps) + 6.0 * (work.leaves - 1) * count.coda
+        flops += work.tokens * per_token
+        most_steps = max(most_steps, work.before + work.steps)
+        value = work.loss.item()
         mean_loss = value if mean_loss is None else REMEMBERED * mean_loss + (1 - REMEMBERED) * value
         if training.supervision == "every-step" and mean_loss < LEARNED and reach < deepest:
             reach, mean_loss = reach + 1, None
@@ -191,6 +181,51 @@ def _optimizer(model: RecurrentDepthForCausalLM, training: TaskTraining) -> Muon
     for name, parameter in model.named_parameters():
         (inner if is_inner_matrix(name, parameter) else outer).append(parameter)
     return MuonWithAdamW(inner, outer, [], training.learning_rate, training.muon_learning_rate, WEIGHT_DECAY)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One update's loss and what it took: steps without and with gradient, and how many of them left through the coda."""
+
+    loss: torch.Tensor
+    tokens: int
+    before: int
+    steps: int
+    leaves: int = 1
+
+
+def _ask(
+    model: RecurrentDepthForCausalLM,
+    task: ArrayTask,
+    training: TaskTraining,
+    seed: int,
+    depth: tuple[int, int],
+    reach: int,
+    draws: torch.Generator,
+) -> _Work:
+    """The loss of one batch of problems of these difficulties; under `every-step` at steps up to `reach`."""
+    if training.supervision == "scratchpad":
+        written = task.scratchpad_batch("train", training.batch_size, seed, depth)
+        logits = model(
+            written.ids,
+            attention_mask=written.attention_mask,
+            position_ids=written.position_ids,
+            num_steps=training.num_steps,
+            use_cache=False,
+        ).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), written.labels.flatten(), ignore_index=IGNORED)
+        return _Work(loss, written.ids.numel(), 0, training.num_steps)
+    every_step = training.supervision == "every-step"
+    if every_step:
+        before = int(torch.randint(0, reach - training.window + 1, (), generator=draws))
+        steps = training.window
+    elif training.num_steps:
+        before, steps = 0, training.num_steps
+    else:
+        before, steps = sample_num_steps(task.depth[1], ALL_STEPS, draws)
+    batch = task.batch("train", training.batch_size, seed, before + steps, depth)
+    loss = _loss_of_steps(model, batch, before, steps, every_step)
+    return _Work(loss, batch.ids.numel(), before, steps, steps if every_step else 1)
 
 
 def _loss_of_steps(

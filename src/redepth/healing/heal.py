@@ -33,12 +33,12 @@ from redepth.modeling import RecurrentDepthForCausalLM
 
 from .begun import BEFORE_FILE, WORK_FOLDER, Begun, clear, read_begun, take_fingerprints
 from .checkpoints import last_whole, sweep
+from .clock import Progress
 from .memory import FP32_BYTES
 from .preflight import Preflight, preflight
 from .prepare import Prepared, prepare, survey_sources
 from .recipe import HealRecipe
 from .record import Healing, curve_record, read_healing, recipe_record, runs_of
-from .trainer import Progress
 
 Listener = Callable[[Progress], None]
 

@@ -1,4 +1,4 @@
-"""The memory that training takes: what arithmetic gives, and the peak of a pass, which is measured."""
+"""The memory that training takes: what saves some, what arithmetic gives, and the peak of a pass, which is measured."""
 
 import weakref
 from collections.abc import Callable
@@ -9,6 +9,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from redepth.modeling import RecurrentDepthForCausalLM
+from redepth.modeling.blocks import Block
 
 from .distillation import Teacher
 from .optim import is_inner_matrix
@@ -98,3 +101,15 @@ class _LiveTensors(TorchDispatchMode):
 
 def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
     return tensor.untyped_storage()
+
+
+def use_memory_savers(model: RecurrentDepthForCausalLM, recipe: HealRecipe) -> None:
+    """Switch on what the recipe asks for inside the model, before anything is measured or run."""
+    model.transformer.checkpoint_steps = recipe.activation_checkpointing == "step"
+    if recipe.activation_checkpointing == "layer":
+        model.activation_checkpointing_enable()
+    if recipe.compile:
+        # Layer by layer: one compilation serves every step and depth, where the whole model would need one for each.
+        for module in model.modules():
+            if isinstance(module, Block):
+                module.compile()

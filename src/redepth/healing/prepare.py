@@ -16,10 +16,14 @@ from redepth.errors import RedepthError, one_line
 from redepth.modeling.tokens import check_ids
 from redepth.runtime import has_bf16, keep_freed_memory
 
+from .clock import Progress
 from .distillation import open_teacher
+from .memory import use_memory_savers
 from .optim import check_optimizer, set_trainable
 from .recipe import HealRecipe
-from .trainer import HealTrainer, Progress, training_arguments, use_memory_savers
+from .trainer import HealTrainer, training_arguments
+
+MADE: dict[str, int | None] = {"made for the run": None}  # problems of a task
 
 
 @dataclass(frozen=True)
@@ -32,9 +36,6 @@ class Prepared:
     trainer: HealTrainer
     bf16: bool
     dtype: torch.dtype
-
-
-MADE: dict[str, int | None] = {"made for the run": None}  # a task's problems
 
 
 def survey_sources(recipe: HealRecipe, on_progress: Callable[[Progress], None]) -> list[dict[str, Any]]:
@@ -53,7 +54,12 @@ def survey_sources(recipe: HealRecipe, on_progress: Callable[[Progress], None]) 
 
         licenses[data] = count_licenses(data, column, stated[data], tell)
     return [
-        {"data": source.data, "weight": source.weight, "until": round(end, 6), "licenses": licenses[source.data]}
+        {
+            "data": source.data,
+            "weight": source.weight,
+            "until": round(end, 6),
+            "licenses": licenses.get(source.data, MADE),
+        }
         for end, sources in recipe.timetable()
         for source in sources
     ]

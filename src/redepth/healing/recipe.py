@@ -7,8 +7,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from redepth.data.source import PYTHON_DOCS, DataSource
-from redepth.data.tasks import is_task
+from redepth.data.source import PYTHON_DOCS, DataSource, is_task
 from redepth.errors import RedepthError, first_line, one_line
 
 DepthSampling = Literal["log-normal-poisson", "fixed", "difficulty", "up-to-difficulty", "earned"]

@@ -29,11 +29,11 @@ from redepth.surgery.convert import plan_conversion
 from redepth.surgery.plan import DEFAULT_ADAPTER, DEFAULT_STATE
 from redepth.surgery.verify import verify
 
+from .clock import Progress
 from .heal import finished_run, heal
 from .preflight import Preflight
 from .recipe import HealRecipe, fill, heal_runs, laid_over, read_yaml
 from .record import read_heal_recipes
-from .trainer import Progress
 
 # Written by redepth into a checkpoint's recipe.yaml, which is a recipe itself.
 RECORDS = {"source", "made_with"}

@@ -2,11 +2,7 @@
 
 import os
 import shutil
-import signal
-import threading
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,90 +21,16 @@ from redepth.data.mixture import TrainingRows
 from redepth.errors import RedepthError, first_line
 from redepth.evaluation.loss import loss_by_depth
 from redepth.modeling import RecurrentDepthForCausalLM
-from redepth.modeling.blocks import Block
 from redepth.modeling.loss import TokenLoss, cross_entropy_of_tokens
 
 from .checkpoints import RUN_FILE, seal
+from .clock import Progress, RunClock
 from .curriculum import depth_of_step, learning_rate_factor, mean_depth
 from .distillation import Teacher
 from .guard import SpikeGuard
 from .optim import muon_with_adamw, set_adapter_rate, set_trainable, trainer_optimizer_name, without_lora
 from .recipe import HealRecipe
 from .supervision import AnswerTally, EarnedDepth, supervised_inputs
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One record of a run, for whoever shows it.
-
-    Attributes:
-        part: `loss before`, `training` or `loss after`.
-        done: share of the part, in [0, 1].
-        loss: of the last optimiser step, in nats per token.
-        remark: something to be told once, beside the progress.
-    """
-
-    part: str
-    done: float
-    step: int = 0
-    loss: float | None = None
-    mean_recurrence: float | None = None
-    tokens_per_second: float | None = None
-    remark: str = ""
-
-
-class RunClock(TrainerCallback):
-    """Progress of the run in [0, 1], by steps or by time, whichever is further, and when to stop.
-
-    All processes go by the slowest one's time and stop together. SIGTERM ends the run after the current step, with a
-    checkpoint.
-    """
-
-    def __init__(self, max_steps: int, max_minutes: float | None) -> None:
-        self.max_steps = max_steps
-        self.max_minutes = max_minutes
-        self.elapsed = 0.0
-        self.step = 0
-        self.terminated = False
-        self._signalled = False
-        self._former_handler: Any = None
-
-    @property
-    def progress(self) -> float:
-        by_time = self.elapsed / (60 * self.max_minutes) if self.max_minutes else 0.0
-        return min(max(self.step / self.max_steps, by_time), 1.0)
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        self._signalled = True
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._last, self.step = time.monotonic(), state.global_step
-        if threading.current_thread() is threading.main_thread():
-            self._former_handler = signal.signal(signal.SIGTERM, self._on_signal)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        now = time.monotonic()
-        elapsed, self._last, self.step = self.elapsed + now - self._last, now, state.global_step
-        shared = torch.tensor([elapsed, float(self._signalled)], dtype=torch.float64)
-        if args.world_size > 1:
-            shared = shared.to(args.device)
-            torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
-        self.elapsed, self.terminated = shared[0].item(), bool(shared[1])
-        if self.progress >= 1.0 or self.terminated:
-            control.should_training_stop = True
-        if self.terminated:
-            control.should_save = True
-        return control
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._former_handler is not None:
-            signal.signal(signal.SIGTERM, self._former_handler)
 
 
 class HealTrainer(Trainer):
@@ -342,18 +264,6 @@ class _HeldOutLosses(TrainerCallback):
         if self.every is not None and state.global_step % self.every == 0:
             control.should_evaluate = True
         return control
-
-
-def use_memory_savers(model: RecurrentDepthForCausalLM, recipe: HealRecipe) -> None:
-    """Switch on what the recipe asks for inside the model, before anything is measured or run."""
-    model.transformer.checkpoint_steps = recipe.activation_checkpointing == "step"
-    if recipe.activation_checkpointing == "layer":
-        model.activation_checkpointing_enable()
-    if recipe.compile:
-        # Layer by layer: one compilation serves every step and depth, where the whole model would need one for each.
-        for module in model.modules():
-            if isinstance(module, Block):
-                module.compile()
 
 
 def training_arguments(recipe: HealRecipe, work: Path, bf16: bool) -> TrainingArguments:

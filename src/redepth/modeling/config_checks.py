@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
 from .cache_rules import parse_cache_rule
 from .errors import UserError
 
@@ -64,6 +66,18 @@ def check_fields(config: Any) -> None:
             raise UserError(f"init_values[{name!r}] is {value!r}, but must be a number")
     parse_cache_rule(config.cache_rule)
     _check_profile(config.depth_profile)
+
+
+def check_rope(parameters: Mapping[str, Any] | None) -> None:
+    """Raises UserError for rotary parameters of no known kind or without a base; one table, or one by layer type."""
+    by_layer_type = [one for one in (parameters or {}).values() if isinstance(one, Mapping)]
+    for one in by_layer_type or [parameters or {"rope_type": "default", "rope_theta": 1.0}]:
+        kind, base = one.get("rope_type"), one.get("rope_theta")
+        if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
+            known = ", ".join(("default", *ROPE_INIT_FUNCTIONS))
+            raise UserError(f"rope_parameters has the rope_type {kind!r}, but it must be one of {known}")
+        if base is None or not _is_number(base) or base <= 0:
+            raise UserError(f"rope_parameters has the rope_theta {base!r}, but it must be a number above 0")
 
 
 def _check_profile(profile: Any) -> None:

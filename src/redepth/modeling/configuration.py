@@ -9,7 +9,7 @@ from typing import Any, Literal
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
-from .config_checks import check_fields
+from .config_checks import check_fields, check_rope
 from .errors import UserError
 
 logger = logging.get_logger(__name__)
@@ -205,6 +205,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
         transformers calls it again before it saves, `from_pretrained` after it overrode fields.
         """
         check_fields(self)
+        check_rope(self.rope_parameters)
         if self.initial_state_mode not in STATE_MODES:
             raise UserError(
                 f"initial_state_mode is {self.initial_state_mode!r}; redepth knows {', '.join(STATE_MODES)}"
@@ -224,6 +225,10 @@ class RecurrentDepthConfig(PreTrainedConfig):
             values = getattr(self, name)
             if values is not None and len(values) != self.n_layers:
                 raise UserError(f"{name} has {len(values)} entries, but the model has {self.n_layers} unique layers")
+        known = ("full_attention", "sliding_attention", LRU_LAYER)
+        unknown = [kind for kind in self.layer_types or () if kind not in known]
+        if unknown:
+            raise UserError(f"layer_types holds {unknown[0]!r}, but a layer's type is one of {', '.join(known)}")
         if self.layer_types is not None and "sliding_attention" in self.layer_types and not self.sliding_window:
             raise UserError("layer_types names sliding_attention, but sliding_window is not set; set it in tokens")
         if self.has_lru and (not self.lru_width or self.lru_width % self.n_heads):

@@ -55,6 +55,11 @@ def recurrent_config(source: Source, family: Family, plan: Plan, **changes: Any)
     if family.windows == "every_layer" and window is not None:
         layer_types = ["sliding_attention"] * plan.num_layers
     kept_types = [layer_types[layer] for layer in plan.layers] if layer_types else []
+    unknown = sorted(set(kept_types) - {"full_attention", "sliding_attention", *family.layer_of_type})
+    if unknown:
+        raise RedepthError(
+            f"source {source.name!r} has layers of the type {unknown[0]!r}, which family {family.name} does not have"
+        )
     if set(kept_types) - {"full_attention"}:
         values["layer_types"] = kept_types
     if "sliding_attention" not in kept_types:

@@ -163,6 +163,7 @@ def verify(
     if recipe is None:
         raise RedepthError(f"{folder} was not made by redepth convert, so there is no source to compare it with")
     chosen = choose_device(device)
+    CheckpointFolder(folder).check_writable()
     source: Source | None
     if isinstance(against, Source):
         source = against

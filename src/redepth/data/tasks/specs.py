@@ -5,6 +5,7 @@ import difflib
 import importlib
 from typing import Any
 
+from redepth.data.source import TASK_PREFIX, is_task
 from redepth.errors import RedepthError, first_line
 
 from .addition import Addition
@@ -15,13 +16,7 @@ from .reasoning_gym import ReasoningGym
 from .roots import Roots
 from .variables import Variables
 
-PREFIX = "task:"
 TASKS: dict[str, type[Task]] = {task.name(): task for task in (Iterate, Roots, Circuits, Addition, Variables)}
-
-
-def is_task(data: str) -> bool:
-    """Whether a name of data is a task's spec."""
-    return data.startswith(PREFIX)
 
 
 def open_task(spec: str) -> Task:
@@ -35,8 +30,8 @@ def open_task(spec: str) -> Task:
         RedepthError: for an unknown task or option, or a value that does not fit.
     """
     if not is_task(spec):
-        raise RedepthError(f"{spec!r} is no task; write {PREFIX}NAME, with NAME one of {', '.join(TASKS)}")
-    name, _, given = spec.removeprefix(PREFIX).partition("?")
+        raise RedepthError(f"{spec!r} is no task; write {TASK_PREFIX}NAME, with NAME one of {', '.join(TASKS)}")
+    name, _, given = spec.removeprefix(TASK_PREFIX).partition("?")
     options: dict[str, str] = {}
     for option in filter(None, given.split("&")):
         key, equals, value = option.partition("=")
