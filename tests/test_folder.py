@@ -296,7 +296,7 @@ def test_source_and_out_stay_apart(zoo, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(source)
     before = content_of(tmp_path)
     for out in (source, source / "inner", tmp_path / "models", tmp_path / "link", source / ".." / "source"):
-        with pytest.raises(RedepthError, match="lie in each other"):
+        with pytest.raises(RedepthError, match="contain one another"):
             redepth.convert(source, out, core="2:4", overwrite=True)
     with pytest.raises(RedepthError, match="was not written by redepth"):
         create(preset_config("nano"), source, overwrite=True)

@@ -192,7 +192,7 @@ def test_sigterm_saves_and_the_same_call_goes_on(
 
     former = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(HealTrainer, "compute_loss", terminated)
-    with pytest.raises(HealingInterrupted, match="after step 5.*goes on") as stopped:
+    with pytest.raises(HealingInterrupted, match="after step 5.*run the same command again") as stopped:
         heal(checkpoint, recipe)
     monkeypatch.undo()
     assert stopped.value.exit_code == 143
@@ -243,7 +243,7 @@ def test_full_disk_leaves_the_last_whole_checkpoint(
         write(content, file, *args, **kwargs)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(RedepthError, match="checkpoint-6 could not be written.*the same command goes on"):
+    with pytest.raises(RedepthError, match="checkpoint-6 could not be written.*run the same command again"):
         heal(checkpoint, recipe)
     monkeypatch.undo()
     assert sorted(folder.name for folder in (checkpoint / "healing").glob("checkpoint-*")) == [

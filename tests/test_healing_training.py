@@ -187,7 +187,7 @@ def test_every_family_is_its_own_teachers_equal(family: str, zoo) -> None:
 
 def test_teacher_of_another_vocabulary(checkpoint: Path, tmp_path: Path) -> None:
     other = save_source("llama", tmp_path / "other", vocab_size=120)
-    with pytest.raises(RedepthError, match="another vocabulary"):
+    with pytest.raises(RedepthError, match="a different vocabulary"):
         open_teacher(checkpoint, HealRecipe(distill=0.5, teacher=str(other)), 101, torch.float32)
     (checkpoint / "recipe.yaml").unlink()
     with pytest.raises(RedepthError, match="--teacher"):

@@ -103,8 +103,8 @@ def test_what_the_end_needs_is_asked_at_the_start(
         (tmp_path / "file", "is a file"),
         (tmp_path / "file" / "below", "can't be written"),
         (tmp_path / "full", "already exists"),
-        (checkpoint / "inside", "lie in each other"),
-        (checkpoint.parent, "lie in each other"),
+        (checkpoint / "inside", "contain one another"),
+        (checkpoint.parent, "contain one another"),
     ):
         with pytest.raises(RedepthError, match=message):
             heal(checkpoint, HealRecipe(**QUICK), out=out)

@@ -186,13 +186,13 @@ def test_a_relative_source_is_found_from_elsewhere(zoo, tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert redepth.verify("../out").passed
     shutil.move(tmp_path / "models", tmp_path / "moved")
-    with pytest.raises(RedepthError, match="which is not there from here; name the source"):
+    with pytest.raises(RedepthError, match="which can't be found from here; name the source"):
         redepth.verify(tmp_path / "out")
     # As an earlier version recorded it: never to be taken for a hub id.
     recipe = read_recipe(tmp_path / "out")
     recipe["convert"]["source"] = "models/tiny"
     (tmp_path / "out" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    with pytest.raises(RedepthError, match="'models/tiny', which is not there from here"):
+    with pytest.raises(RedepthError, match="'models/tiny', which can't be found from here"):
         recorded_source(tmp_path / "out")
 
 

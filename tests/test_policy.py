@@ -143,7 +143,9 @@ def test_a_policy_and_keywords_or_caches_that_contradict_it(model) -> None:
     with pytest.raises(ValueError, match="resolve the policy with cache_rule='latest'"):
         model(ids, policy=policy, past_key_values=cache)
     for call in (model, model.generate):
-        with pytest.raises(ValueError, match="cache_rule='ring-2' was asked for beside a cache of rule 'latest'"):
+        with pytest.raises(
+            ValueError, match="cache_rule='ring-2' does not fit the given cache, whose rule is 'latest'"
+        ):
             call(ids, num_steps=2, cache_rule="ring-2", past_key_values=cache)
     assert cache.get_seq_length() == 0
 

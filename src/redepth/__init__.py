@@ -1,7 +1,7 @@
 """redepth: depth-recurrent language models, from surgery to generation.
 
-Importing it registers the published `huginn_raven` format with transformers' Auto classes. For `recurrent_gemma` they go
-on giving transformers' own class; `redepth.load` gives redepth's. The import itself is cheap: what a name stands for is
+Importing it registers the published `huginn_raven` format with transformers' Auto classes. For `recurrent_gemma` they
+still give transformers' own class; `redepth.load` gives redepth's. The import itself is cheap: what a name stands for is
 imported when it is first asked for.
 """
 

@@ -28,7 +28,7 @@ def one_line(error: BaseException) -> str:
 def is_mistake(error: BaseException) -> bool:
     """Whether an exception is the user's, the input's or the machine's, and not a bug of redepth's.
 
-    A missing file, a full disk, memory that is used up and damaged weights are reported in the words of whoever noticed.
+    A missing file, a full disk, exhausted memory and damaged weights are reported in the words of the library that noticed.
     """
     modelling = sys.modules.get("redepth.modeling.errors")  # not imported for a command that runs no model
     mistakes: tuple[type[BaseException], ...] = (RedepthError, OSError, SafetensorError, MemoryError)

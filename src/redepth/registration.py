@@ -1,4 +1,4 @@
-"""transformers' Auto classes learn of `huginn_raven`, at once where they are loaded, and else as soon as they are.
+"""Tells transformers' Auto classes about `huginn_raven`: at once if they are loaded, otherwise as soon as they are.
 
 Loading them takes seconds, since torch comes along; a program that only wants redepth's version, or a command's help,
 should not wait for that.
@@ -38,7 +38,7 @@ def register_models() -> None:
         auto_class.register(RecurrentDepthConfig, model_class, exist_ok=True)
 
 
-# What each of transformers' modules has to be told, once it is loaded.
+# What to register in each of transformers' modules once it is loaded.
 REGISTRATIONS: dict[str, Callable[[], None]] = {
     "transformers.models.auto.configuration_auto": register_config,
     "transformers.models.auto.modeling_auto": register_models,
@@ -54,7 +54,7 @@ def register_with_transformers() -> None:
 
 
 class _Follow(MetaPathFinder):
-    """Lets the import system find a module as ever, and calls `then` when the module has been loaded."""
+    """Lets the import system find a module as usual, and calls `then` when the module has been loaded."""
 
     def __init__(self, module: str, then: Callable[[], None]) -> None:
         self.module = module

@@ -28,7 +28,7 @@ def choose_device(name: str | torch.device = "auto") -> torch.device:
     """The device of that name; `auto` is a CUDA GPU where there is one, and else the processor.
 
     Raises:
-        RedepthError: for a device that is none, or that this machine or this build of torch does not have.
+        RedepthError: for an unknown device, or one that this machine or this build of torch does not have.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -43,7 +43,7 @@ def choose_device(name: str | torch.device = "auto") -> torch.device:
 
 
 def has_bf16(device: str | torch.device = "auto") -> bool:
-    """Whether a device's bf16 matrix products are its own, not emulated."""
+    """Whether a device has native bf16 matrix products, not emulated ones."""
     chosen = choose_device(device)
     if chosen.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -53,8 +53,8 @@ def has_bf16(device: str | torch.device = "auto") -> bool:
 def keep_freed_memory() -> bool:
     """Let glibc keep large freed blocks for the next tensor instead of returning them to the kernel.
 
-    A training step frees and takes the same gigabytes of activations again and again, and on a processor every page
-    that comes fresh from the kernel must be zeroed first. Holds for the whole process; peak memory hardly changes.
+    Each training step frees and allocates the same gigabytes of activations, and on a CPU every page
+    that comes from the kernel has to be zeroed first. Holds for the whole process; peak memory hardly changes.
 
     Returns:
         False where the C library is another one, and nothing was done.
@@ -66,7 +66,7 @@ def keep_freed_memory() -> bool:
 
 
 def require(package: str, extra: str) -> None:
-    """Ask at the start for what only some calls need.
+    """Check at the start for a package that only some calls need.
 
     Raises:
         RedepthError: where the package is not installed, with what to install.

@@ -25,7 +25,7 @@ ENDINGS = (FIXED_POINT, ORBIT, SLIDER, DRIFTING)
 
 @dataclass(frozen=True)
 class EndingTests:
-    """The thresholds that tell what a trajectory ends in, looked for in its tail.
+    """The thresholds by which the tail of a trajectory shows what it ends in.
 
     Attributes:
         tail: share of the steps, from the end, that count as the tail.
@@ -135,7 +135,7 @@ class Endings:
 
 
 def classify_endings(states: Any, tests: EndingTests | None = None) -> Endings:
-    """Tell fixed points, orbits, sliders and what is none of them by the tests of `EndingTests`, in this order.
+    """Classify each as fixed point, orbit, slider or none of them by the tests of `EndingTests`, in this order.
 
     Raises:
         RedepthError: for fewer than `FEWEST_STEPS` states, which show no ending.
@@ -193,7 +193,7 @@ def spread_over_starts(runs: Any) -> Floats:
 
     Returns:
         log10 of the root mean squared distance from the runs' mean relative to the mean's length, `[tokens, steps]`: it
-        falls to the precision where the end does not depend on the start (Anil et al. 2022).
+        falls to the precision where the ending does not depend on the start (Anil et al. 2022).
 
     Raises:
         RedepthError: for a single start.

@@ -1,4 +1,4 @@
-"""One text through the microscope: every state, what coda and head make of it, where it would have left, what it read.
+"""One text under the microscope: every state, what coda and head make of it, where it would have exited, what it read.
 
 Shapes: T tokens of the text, R steps, D width, V vocabulary.
 """

@@ -295,11 +295,11 @@ def record(
         parts: `state` s_i; `embedded` e; `layer`, the stream after a layer; `attention` and `mlp`, their own output;
             `logits`, what coda and head make of each step's state; `attention-map`, the probabilities. Logits cost a coda
             and a head at every step, maps a second attention; the others are kept as the model makes them.
-        most_bytes: beyond so many, what was captured goes to disk.
-        folder: where to; a temporary folder by default, which vanishes with the record.
+        most_bytes: what is captured beyond this many bytes goes to disk.
+        folder: for what goes to disk; by default a temporary folder, removed together with the record.
 
     Raises:
-        RedepthError: for a part, layer or step that there is not; before any compute.
+        RedepthError: for a part, layer or step that does not exist; before any compute.
 
     Example:
         with redepth.record(model, parts=("state", "mlp")) as rec:

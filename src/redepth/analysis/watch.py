@@ -1,6 +1,7 @@
-"""Where a watched pass is: the ground that recording and patching stand on.
+"""Where a watched pass is: what recording and patching are built on.
 
-A watcher hangs in `model.transformer.watchers`. The stack tells it of every pass before any compute (`start_pass`), and calls
+A watcher is attached to `model.transformer.watchers`. The stack tells it of every pass before any compute
+(`start_pass`), and calls
 it with each part of the pass at its (layer, step); what it gives back takes the part's place.
 """
 
@@ -45,7 +46,7 @@ def check_numbers(name: str, numbers: Sequence[int] | int | None, end: int | Non
     """The numbers as a set, or None for all.
 
     Raises:
-        RedepthError: for none, for what is no whole number, and for numbers outside 0 … end − 1.
+        RedepthError: for an empty list, for anything but whole numbers, and for numbers outside 0 … end − 1.
     """
     if numbers is None:
         return None
@@ -135,7 +136,7 @@ class Watcher:
 
 @contextmanager
 def watching(model: RecurrentDepthForCausalLM, watcher: Watcher) -> Iterator[None]:
-    """Hang a watcher in the model for the block."""
+    """Attach a watcher to the model for the block."""
     stack = model.transformer
     stack.watchers += (watcher,)
     try:

@@ -1,4 +1,4 @@
-"""Verbs that look at a checkpoint, or take it into use."""
+"""Verbs that look at a checkpoint, or load it for use."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -215,8 +215,8 @@ def inspect(
 
     Args:
         checkpoint: folder or hub id.
-        num_steps: depths to give the cache's bytes for.
-        cache_rule: the rule to give them under; the config's by default.
+        num_steps: depths for which to give the size of the cache.
+        cache_rule: the rule for which to give it; the config's by default.
 
     Raises:
         RedepthError: where there is no such checkpoint.

@@ -1,4 +1,4 @@
-"""How a verb says how far it is."""
+"""How a verb reports its progress."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ OnProgress = Callable[[str, float], None]
 
 
 def shares(on_progress: OnProgress | None, part: str) -> Callable[[int, int], None]:
-    """A listener to (done, total) that passes the share on, if anybody listens."""
+    """A callback for (done, total) that passes the share to `listen`, where there is one."""
     return (
         (lambda done, total: on_progress(part, done / total)) if on_progress is not None else (lambda done, total: None)
     )

@@ -75,7 +75,7 @@ def retrofit(
     on_preflight: "Callable[[Preflight], None] | None" = None,
     **changes: Any,
 ) -> "Evaluation":
-    """Convert, verify, heal, calibrate and evaluate by one recipe; parts that are done are not done again.
+    """Convert, verify, heal, calibrate and evaluate by one recipe; finished parts are not repeated.
 
     Args:
         recipe: a YAML file with sections `convert`, `heal`, `calibrate` and `evaluate`, or its content.
@@ -92,7 +92,7 @@ def retrofit(
     if isinstance(recipe, RetrofitRecipe):
         if out is None or changes:
             raise RedepthError(
-                "a recipe that is not a file has no name and takes no changes; give out, and leave them out"
+                "a recipe that is not a file has no name and takes no changes; give out, and put the changes into the recipe"
             )
         return run(recipe, out, on_progress, on_preflight)
     settings = read_retrofit_recipe(recipe, **changes)

@@ -1,4 +1,4 @@
-"""Loading weights for every verb alike: a tensor that is missing, misshapen, of no use or not a number is refused."""
+"""Loading weights for every verb alike: a tensor that is missing, misshapen, unexpected or not finite is refused."""
 
 from pathlib import Path
 from typing import Any

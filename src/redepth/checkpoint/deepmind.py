@@ -17,7 +17,7 @@ from redepth.errors import RedepthError, first_line
 
 from .sources import Source
 
-# The file holds tensors alone. What they do not tell is the same in all models that were published in this form.
+# The file holds only tensors. What they do not show is the same in all models published in this form.
 WINDOW, SOFT_CAP = 2048, 30.0
 LAYER = re.compile(r"blocks\.(\d+)\.(.+)")
 OUTER = {"embedder.input_embedding": "model.embed_tokens.weight", "final_norm.scale": "model.final_norm.weight"}
@@ -45,7 +45,7 @@ SAME = {
     "mlp_block.ffw_down.weight": "mlp_block.down_proj.weight",
     "mlp_block.ffw_down.bias": "mlp_block.down_proj.bias",
 }
-# The others: gate and up lie in one tensor, gate first, and weights stand the other way round.
+# The others: gate and up are one tensor, gate first, and matrices are transposed.
 CHANGED: dict[str, list[tuple[str, Callable[[torch.Tensor], torch.Tensor]]]] = {
     "recurrent_block.conv_1d.w": [("temporal_block.conv_1d.weight", lambda w: w.T[:, None])],
     "mlp_block.ffw_up.w": [
@@ -91,7 +91,7 @@ class DeepMindSource(Source):
         for name in self._stored:
             layer = LAYER.fullmatch(name)
             if layer is None:
-                # A name that nothing knows stays, and the weight table reports it.
+                # An unknown name is kept, and the weight table reports it.
                 found[OUTER.get(name, name)] = name, lambda tensor: tensor
                 continue
             number, within = layer.groups()
@@ -129,7 +129,7 @@ class DeepMindSource(Source):
             lru_width=lru_width,
             conv1d_width=taps,
             block_types=types[:period],
-            # DeepMind's code counts the tokens before the present one, transformers' that one as well.
+            # DeepMind's code counts the tokens before the current one, transformers' counts the current one too.
             attention_window_size=WINDOW + 1,
             logits_soft_cap=SOFT_CAP,
             dtype=self.dtype,

@@ -97,7 +97,7 @@ class CheckpointFolder:
                 pass
 
     def check_writable(self, needed: int = 0) -> None:
-        """What the end of a run needs, asked at its start: the folder can be locked and written, and has room.
+        """What the end of a run needs, asked at its start: the folder can be locked and written, and has enough space.
 
         Args:
             needed: bytes.
@@ -121,7 +121,9 @@ class CheckpointFolder:
         for source in sources:
             read = Path(source).expanduser().resolve()
             if self.path == read or self.path in read.parents or read in self.path.parents:
-                raise RedepthError(f"{self.path} and the source {read} lie in each other; give another folder to write")
+                raise RedepthError(
+                    f"{self.path} and the source {read} contain one another; give another folder to write"
+                )
 
     def check_replaceable(self, overwrite: bool) -> None:
         """Refuse a folder that a new checkpoint must not replace.
@@ -181,10 +183,10 @@ class CheckpointFolder:
 
     @contextmanager
     def replacing(self, overwrite: bool = False, sources: Iterable[Path] = ()) -> Iterator[Path]:
-        """A folder to write a whole new checkpoint into, which takes its place when the block ends well.
+        """A folder to write a whole new checkpoint into, which is put into place when the block succeeds.
 
         Of what lay here before, the files that redepth wrote are replaced or removed, and all others stay. Nothing changes
-        when the block does not end well.
+        when the block fails.
 
         Args:
             overwrite: allow a checkpoint that redepth wrote to be here already.
@@ -202,12 +204,12 @@ class CheckpointFolder:
 
     @contextmanager
     def updating(self, outdated: Iterable[str] = ()) -> Iterator[Path]:
-        """A folder to write new versions of some files into, which take their place together when the block ends well.
+        """A folder to write new versions of some files into, which are put into place together when the block succeeds.
 
         All others stay, but where new weights are written the old ones go.
 
         Args:
-            outdated: names of records that hold no longer, and go as well.
+            outdated: names of records that are no longer true, and are removed as well.
 
         Raises:
             RedepthError: as `locked`, or where a file is in the way that redepth did not write.
@@ -257,7 +259,7 @@ class CheckpointFolder:
         partial_of(work / JOURNAL).unlink(missing_ok=True)
 
     def _put_into_place(self) -> None:
-        """Each file by a rename, config.json last. It can be done again from any point at which it was broken off."""
+        """Each file by a rename, config.json last. It can be repeated from any point at which it was interrupted."""
         work = self.path / WORK_FOLDER
         stage = work / STAGE
         journal: dict[str, list[str]] = read_json(work / JOURNAL) or {}
@@ -353,12 +355,12 @@ def read_json(file: Path) -> Any | None:
 
 
 def partial_of(file: Path) -> Path:
-    """Where a file is written before it gets its name."""
+    """The name under which a file is written before it is complete."""
     return file.with_name(f".{file.name}.partial")
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write beside, then rename, so that a reader never sees half a file."""
+    """Write a file next to its place, then rename it, so that a reader never sees half a file."""
     beside = partial_of(file)
     beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     beside.replace(file)

@@ -42,7 +42,7 @@ def recurrent_bytes(config: RecurrentDepthConfig, num_steps: int, rule: str | No
 
 
 def _layer_steps(config: RecurrentDepthConfig, kept_steps: int) -> tuple[int, int]:
-    """How many recurrences and how many attentions leave something in the cache, those of the core once a step."""
+    """How many recurrent and attention layers leave something in the cache; those of the core count once a step."""
     assert config.n_layers is not None
     core = range(config.n_layers_in_prelude, config.n_layers - config.n_layers_in_coda)
     counts = {True: 0, False: 0}
@@ -62,8 +62,8 @@ def inspect(
 
     Args:
         checkpoint: folder or hub id.
-        depths: numbers of steps to give the cache's bytes for.
-        cache_rule: the rule to give them under; the config's by default.
+        depths: numbers of steps for which to give the size of the cache.
+        cache_rule: the rule for which to give it; the config's by default.
 
     Raises:
         RedepthError: where there is no such checkpoint.

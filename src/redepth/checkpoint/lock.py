@@ -1,4 +1,4 @@
-"""One process at a time writes into a checkpoint folder; the others are told who it is."""
+"""Only one process at a time writes into a checkpoint folder; others are told which one it is."""
 
 import json
 import os
@@ -26,10 +26,10 @@ _held: dict[Path, int] = {}
 
 @contextmanager
 def locked(folder: Path) -> Iterator[bool]:
-    """Hold the folder, which is made where there is none; what was made goes again if nothing was put into it.
+    """Hold the folder, which is made where there is none; what was made is removed again if nothing was put into it.
 
     The kernel drops the lock of a process that ends, however it ends, so an owner's record left behind means nothing by
-    itself: it only tells others on whom they wait. A thread may lock a folder again that it holds.
+    itself: it only tells others which process they wait for. A thread may lock a folder again that it already holds.
 
     Yields:
         whether this is the outermost hold.
@@ -60,7 +60,8 @@ def _held_by_us(folder: Path) -> Iterator[None]:
         yield
     finally:
         del _held[folder]
-        # Removed while it is still held: whoever opened the file meanwhile sees that it has lost its name, and tries anew.
+        # Removed while it is still held: whoever opened the file meanwhile sees that it has lost its name, and tries
+        # anew.
         if _holds_the_lock_alone(work):
             shutil.rmtree(work, ignore_errors=True)
         lock.release()

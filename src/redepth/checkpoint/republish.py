@@ -43,15 +43,15 @@ def republish(
 ) -> Path:
     """Write a recurrent checkpoint anew, tensor by tensor, so that it loads in today's transformers.
 
-    The switches that a published config leaves open are written out, saved rope tables are left behind, and a tied
+    Switches that a published config does not mention are written out, saved rope tables are left out, and a tied
     embedding is stored once. Records and card come along; verification and evaluation do not where the dtype changes,
     since they were measured on other weights.
 
     Args:
         source: folder or hub id of a published or redepth checkpoint.
         out: folder to write; with `overwrite`, a checkpoint that redepth wrote may be there.
-        dtype: `float32`, `bfloat16` or `float16`; as it is by default.
-        tie: tie the head to the embedding or not; as it is by default.
+        dtype: `float32`, `bfloat16` or `float16`; unchanged by default.
+        tie: tie the head to the embedding or not; unchanged by default.
         on_tensor: called with (tensors done, tensors in all).
 
     Raises:

@@ -87,7 +87,7 @@ class Source(ABC):
 
     @property
     def recorded_name(self) -> str:
-        """How a record names it, so that it is found again from another working directory."""
+        """The name for a record, which still works from another working directory."""
         is_local = Path(self.name).expanduser().exists() and self.name not in BUILT_INS
         return str(self.location.resolve()) if is_local else self.name
 
@@ -116,7 +116,7 @@ class Source(ABC):
         """One tensor, in the dtype it is stored in. The caller owns the only copy."""
 
     def check_tied(self, head: str, embedding: str) -> None:
-        """Refuse to tie, and so to lose, a head of its own.
+        """Refuse to tie, and so to lose, a head that differs from the embedding.
 
         Raises:
             RedepthError: where the two tensors differ.
@@ -129,7 +129,7 @@ class Source(ABC):
     @cached_property
     def tokenizer(self) -> Any | None:
         """The tokenizer, or None where the source has none."""
-        # Without its files, some tokenizer classes come up empty instead of failing.
+        # Without its files, some tokenizer classes load an empty tokenizer instead of failing.
         if self.gguf_file is None and not any((self.folder / name).exists() for name in TOKENIZER_FILES):
             return None
         try:
@@ -151,7 +151,7 @@ class Source(ABC):
         Raises:
             RedepthError: where its tensors are not those of its architecture.
         """
-        # transformers draws a bar for GGUF files that its own switch does not turn off.
+        # transformers shows a progress bar for GGUF files that its own switch does not turn off.
         with redirect_stderr(io.StringIO()) if self.gguf_file else nullcontext():
             return load_checked(AutoModelForCausalLM, self.folder, f"source {self.name!r}", **self._load_kwargs)
 
@@ -250,11 +250,11 @@ class GGUFSource(Source):
 
 
 def _license_of_card(folder: Path) -> str | None:
-    """What the source's card says; a card that can't be read says nothing, and is no reason to stop."""
+    """What the source's card says; a card that can't be read counts as empty, and does not stop the conversion."""
     card = folder / CARD_FILE
     try:
         said = ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
-    except Exception as error:  # YAML of any kind of brokenness, by way of two libraries
+    except Exception as error:  # broken YAML of any kind, reported by two libraries
         log.debug("no licence in %s: %s", card, error)
         return None
     return said if isinstance(said, str) else None
@@ -292,10 +292,10 @@ def open_source(name: str | Path, revision: str | None = None, trust_remote_code
 
 
 def recorded_source(folder: Path) -> Source | None:
-    """The source that a checkpoint was converted from, by its recipe; None where it says of none.
+    """The source that a checkpoint was converted from, by its recipe; None where it names none.
 
     Raises:
-        RedepthError: where it is not to be found any more.
+        RedepthError: where it can no longer be found.
     """
     recipe = read_recipe(folder)
     name = recipe.get("convert", {}).get("source")
@@ -305,7 +305,7 @@ def recorded_source(folder: Path) -> Source | None:
     is_path = recipe.get("source", {}).get("base_model") is None and name not in BUILT_INS
     if is_path and not Path(name).expanduser().exists():
         raise RedepthError(
-            f"{folder} was converted from {name!r}, which is not there from here; name the source itself"
+            f"{folder} was converted from {name!r}, which can't be found from here; name the source itself"
         )
     return open_source(name, recipe["convert"].get("revision"))
 
@@ -314,7 +314,7 @@ def _open(text: str, revision: str | None) -> Source:
     path = Path(text).expanduser()
     if revision is not None and (text in BUILT_INS or path.exists()):
         raise RedepthError(
-            f"--revision {revision!r} is of hub repositories, but source {text!r} is local; leave it out"
+            f"--revision {revision!r} works for hub repositories, but source {text!r} is local; leave it out"
         )
     if text in BUILT_INS:
         return _open_built_in(text)

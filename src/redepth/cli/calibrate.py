@@ -60,7 +60,7 @@ def command(
 
 def _print(profile: dict[str, Any]) -> None:
     depths = [depth for depth in SHOWN if depth <= len(profile["loss"])]
-    title = f"{profile['tokens']:,} tokens of {profile['data']}; on the right, the share that each exit test has let go"
+    title = f"{profile['tokens']:,} tokens of {profile['data']}; on the right, the share of tokens that each exit test has released"
     tests = (name.replace("-", " ") for name in profile["exit_rates"])  # so that a narrow column can break them
     table = Table("r", "loss", "KL to deepest", "same pick", *tests, title=title, **LAYOUT)
     for depth in depths:
@@ -81,4 +81,4 @@ def _print(profile: dict[str, Any]) -> None:
         )
     results.print(exits)
     least, most = profile["valid_range"]
-    results.print(f"default from now on: r = {profile['num_steps']}; sound from r = {least} to {most}")
+    results.print(f"default from now on: r = {profile['num_steps']}; usable from r = {least} to {most}")

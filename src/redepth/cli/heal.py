@@ -40,7 +40,7 @@ def listener(update: Any, quiet: bool) -> Any:
 
 
 def show_preflight(plan: "Preflight") -> None:
-    """What a run will be, before it starts."""
+    """Show what a run will be before it starts."""
     table = Table("part", "trains", "frozen", title="parameters", title_justify="left")
     for part in plan.trainable | plan.frozen:
         table.add_row(part, f"{plan.trainable.get(part, 0):,}", f"{plan.frozen.get(part, 0):,}")
@@ -111,7 +111,7 @@ def command(
     """
     hush_libraries()
     if os.environ.get("RANK", "0") != "0":
-        as_json, quiet = False, True  # one process speaks for all
+        as_json, quiet = False, True  # one process reports for all
     with progress_bar(quiet) as update:
         listen = listener(update, quiet)
         if dry_run:

@@ -43,11 +43,11 @@ def command(
     results.print(f"trained for a mean of {report['mean_recurrence']} steps{healed}")
     profile = report["depth_profile"]
     if profile is None:
-        results.print(f"not calibrated; runs {report['default_num_steps']} steps where none are given")
+        results.print(f"not calibrated; runs {report['default_num_steps']} steps unless told otherwise")
     else:
         least, most = profile["valid_range"]
         results.print(
-            f"calibrated on {profile['tokens']:,} tokens: runs {profile['num_steps']} steps, sound from {least} to {most}"
+            f"calibrated on {profile['tokens']:,} tokens: runs {profile['num_steps']} steps, usable from {least} to {most}"
         )
     costs = Table(
         "",

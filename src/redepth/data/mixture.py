@@ -85,10 +85,11 @@ def hardest_of(settings: TextSettings) -> int | None:
 
 
 class TrainingRows(torch.utils.data.IterableDataset):
-    """Training rows without end: sources mixed by weight, phase after phase.
+    """An endless stream of training rows: sources mixed by weight, phase after phase.
 
     Gives `input_ids`, `labels` and, where documents are kept apart, `position_ids`, each `[sequence_length]`. A token
-    that begins a document has no label, since nothing it may see foretells it. Where a task is among the sources, every
+    that begins a document has no label, since nothing that it can see predicts it. Where a task is among the sources,
+    every
     row also has what `TaskRows` gives; text has difficulty −1, and at every step the same labels. The order depends on the
     seed alone.
 
@@ -134,7 +135,7 @@ class TrainingRows(torch.utils.data.IterableDataset):
         self._remembered = 3 * settings.batch_size
 
     def position(self, row: int) -> dict[str, Any]:
-        """What `go_to` needs to go on with `row`, one of the last few that were given out."""
+        """What `go_to` needs to continue with `row`, one of the last few that were returned."""
         return {"row": row, "places": self._places_at[row]}
 
     def go_to(self, position: dict[str, Any]) -> None:
@@ -190,7 +191,7 @@ class TrainingRows(torch.utils.data.IterableDataset):
 
 
 def training_and_held_out(tokenizer: Any, settings: TextSettings) -> tuple[TrainingRows, torch.Tensor]:
-    """Training rows without end, and held-out rows `[eval_rows, length]` from documents that training never sees.
+    """An endless stream of training rows, and held-out rows `[eval_rows, length]` from documents that training never sees.
 
     Without `validation`, every source of text gives its first documents, for as many of the held-out rows as the others.
     Where there is no text at all, the rows are held-out problems of the tasks, and their labels lie in the rows'

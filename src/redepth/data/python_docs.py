@@ -49,7 +49,7 @@ def python_docs(held_out: bool = False) -> list[str]:
     """Documents of the running Python: the language reference's topics and the library's docstrings, one a module.
 
     Args:
-        held_out: the twentieth of the documents that training never sees, instead of the rest.
+        held_out: return the twentieth of the documents that training never sees, instead of the rest.
 
     Returns:
         texts, in an order that depends on the Python version alone.

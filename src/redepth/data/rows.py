@@ -18,7 +18,7 @@ SHUFFLE_BUFFER = 1000  # documents
 
 
 class Place(NamedTuple):
-    """Where in a source a row begins: pass over the source, document in that pass, token in that document."""
+    """Where a row begins in a source: the pass over the source, the document in that pass, the token in that document."""
 
     epoch: int = 0
     document: int = 0
@@ -36,7 +36,7 @@ def rows_of(documents: Iterator[tuple[Place, list[int]]], length: int) -> Iterat
     """Rows of `length` tokens from documents laid end to end.
 
     Args:
-        documents: (place, tokens); where the place's token is not 0, what comes before it is left out.
+        documents: (place, tokens); where the place's token is not 0, the tokens before it are skipped.
 
     Returns:
         tokens, their positions, counted from the start of the document or of the row, and where the next row begins.
@@ -65,7 +65,7 @@ def rows_of(documents: Iterator[tuple[Place, list[int]]], length: int) -> Iterat
 
 
 class SourceRows:
-    """One source's rows without end, the documents reshuffled at each pass over them."""
+    """An endless stream of one source's rows, the documents reshuffled at each pass."""
 
     def __init__(self, stream: IterableDataset, name: str, tokenizer: Any, length: int, seed: int) -> None:
         self._stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
@@ -80,7 +80,7 @@ class SourceRows:
             documents = tokens = 0
             for document, content in enumerate(self._stream):
                 documents += 1
-                # What was read before is passed over without tokenising it again.
+                # What was read before is skipped without tokenising it again.
                 if document >= first:
                     ids = encode(content["text"], self._tokenizer)
                     yield Place(epoch, document, token), ids

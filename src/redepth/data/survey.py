@@ -17,7 +17,7 @@ def count_licenses(
 ) -> dict[str, int | None]:
     """Read a source to its end, and count its documents by licence: None where that is not known.
 
-    Hub data is streamed; its rows are checked when they come.
+    Hub data is streamed; its rows are checked as they arrive.
 
     Args:
         license: the source's, for documents that don't state theirs.

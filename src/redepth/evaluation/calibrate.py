@@ -26,7 +26,7 @@ TOKENS_AT_ONCE = 64  # whose logits are widened to fp32
 
 @dataclass
 class Measurement:
-    """What one pass over the text gives: sums over tokens by step, and each token's course. R steps, N tokens.
+    """What one pass over the text gives: sums over tokens by step, and each token's course over the steps. R steps, N tokens.
 
     Attributes:
         losses, divergences: `[R]`, summed over tokens, in nats; divergences are KL(p_R ‖ p_i).
@@ -48,7 +48,7 @@ def measure_depths(
     most_steps: int,
     on_row: Callable[[int, int], None] | None = None,
 ) -> Measurement:
-    """Iterate the core to `most_steps` once, leaving through coda and head after every step.
+    """Iterate the core to `most_steps` once, and run coda and head after every step.
 
     Args:
         tokens: `[rows, tokens]`, without padding.
@@ -170,8 +170,9 @@ def loosest_threshold(
 def depth_profile(found: Measurement, data: str) -> dict[str, Any]:
     """What is stored in the checkpoint; lists are by number of steps, from 1.
 
-    Threshold figures are from whole rows run to the deepest step: that an exited token's keys and values stand in for its
-    deeper ones is not in them.
+    Threshold figures are from whole rows run to the deepest step: they leave out the effect of an exited token's keys
+    and values standing in for its
+    deeper ones.
     """
     picks = torch.cat(found.picks, dim=1)
     loss = (found.losses / found.predicted).tolist()
@@ -223,10 +224,11 @@ def calibrate(
         checkpoint: local folder.
         tokens: held-out text, `[rows, tokens]`.
         data: what the text is, for the record.
-        most_steps: the deepest r; twice the trained depth by default, and 16 at the least.
+        most_steps: the deepest r; by default twice the trained depth, at least 16.
 
     Returns:
-        the profile: `num_steps`, the default from now on; `valid_range`; `thresholds` and the `mean_steps` they take, by
+        the profile: `num_steps`, the default from now on; `valid_range`; `thresholds` and the `mean_steps` they take,
+        by
         exit test and wanted agreement with the deepest step; and by number of steps `loss`, `kl_to_deepest`,
         `agreement` and `exit_rates` at the tests' default thresholds.
 

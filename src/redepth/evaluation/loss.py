@@ -21,7 +21,7 @@ def loss_by_depth(
 ) -> dict[int, float]:
     """Mean next-token cross-entropy, in nats, after each of `depths` steps.
 
-    One pass serves every depth: the core is iterated to the deepest, and coda and head leave from the states on the
+    One pass serves every depth: the core is iterated to the deepest, and coda and head read the states along the
     way. Noise states are the seeded ones, so the same call gives the same figures.
 
     Args:

@@ -23,7 +23,8 @@ class AskedBatch:
 
     Attributes:
         ids, attention_mask: `[B, T]`; the mask is None where nothing is padded.
-        row, place, label, answer: `[N]`, for each token of an answer its row, the position whose logits foretell it, what
+        row, place, label, answer: `[N]`, for each token of an answer its row, the position whose logits foretell it,
+            what
             it should be, and which of the batch's answers it belongs to.
         problem, difficulty: `[A]`.
     """
@@ -207,7 +208,7 @@ def rank_correlation(one: torch.Tensor, other: torch.Tensor) -> float:
 def compact_batches(
     task: ArrayTask, limit: int, seed: int = 0, batch_size: int = 64, device: Any = "cpu"
 ) -> list[AskedBatch]:
-    """`limit` problems of held-out, and as many harder ones of which the answers that are harder count."""
+    """`limit` problems of held-out, and as many harder ones of which only the harder answers count."""
     found, first_problem = [], 0
     for split, least in _splits(task):
         batch = task.batch(split, limit, seed)
@@ -236,7 +237,7 @@ def text_batches(
     found, first_problem = [], 0
     for split, least in _splits(task):
         texts = [text for text in task.texts(split, limit, seed) if text.answers[0].difficulty >= least]
-        # Of like length side by side, so that little is padded.
+        # Texts of similar length go together, so that little is padded.
         texts.sort(key=lambda text: len(text.text))
         rows = max(1, MOST_LOGITS // (vocabulary * len(tokenizer(texts[-1].text)["input_ids"])))
         for start in range(0, len(texts), rows):

@@ -18,7 +18,7 @@ from redepth.modeling.tokens import align_right
 class WindowLayer(CacheLayerMixin):
     """Keys and values that an attention window still reaches, `[B, G, S, K]`, S < window.
 
-    They stand side by side in storage a quarter larger than the window and move to its front when it is full, so that
+    They lie side by side in storage a quarter larger than the window and are moved to its front when it is full, so that
     decoding neither copies the window at every token nor grows.
     """
 
@@ -152,10 +152,11 @@ class RecurrentGemmaCache(Cache):
     def _start_over(self) -> None:
         self.length = 0
         self.batch: int | None = None
-        # Tokens that were no padding, and those of them in the row's present document, [B]; None while all of them.
+        # How many tokens were not padding, and how many of these are in the row's current document; None while all,
+        # [B].
         self.real_tokens: torch.Tensor | None = None
         self.document_tokens: torch.Tensor | None = None
-        # Columns that a crop may still take back.
+        # Columns that a crop may still remove.
         self.croppable = 0
 
     @property
@@ -173,7 +174,7 @@ class RecurrentGemmaCache(Cache):
 
         Args:
             timeline: where texts start and padding stands in it.
-            document_tokens: `[B]`, tokens of the present document; None if that is all of them.
+            document_tokens: `[B]`, tokens of the current document; None if all are.
         """
         mask = timeline.real
         if self.real_tokens is not None or mask is not None:
@@ -192,11 +193,11 @@ class RecurrentGemmaCache(Cache):
             self.croppable = timeline.croppable_after(self.croppable, tokens)
 
     def real_counts(self, batch: int, device: torch.device) -> torch.Tensor:
-        """`[B]`: tokens stored so far that were no padding."""
+        """`[B]`: stored tokens that were not padding."""
         return torch.full((batch,), self.length, device=device) if self.real_tokens is None else self.real_tokens
 
     def document_counts(self, batch: int, device: torch.device) -> torch.Tensor:
-        """`[B]`: tokens stored so far of each row's present document."""
+        """`[B]`: tokens of each row's current document stored so far."""
         return self.real_counts(batch, device) if self.document_tokens is None else self.document_tokens
 
     def activate_past_recording(self) -> None:

@@ -1,4 +1,4 @@
-"""Soft-capped logits and their cross-entropy, each in one pass over the largest tensor there is."""
+"""Soft-capped logits and their cross-entropy, each in one pass over the logits, the largest tensor of all."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 class SoftCap(torch.autograd.Function):
-    """cap · tanh(x / cap), written over x: logits are the largest tensor there is, and no copy of them is needed."""
+    """cap · tanh(x / cap), written over x: logits are the largest tensor of all, and are not copied."""
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, cap: float) -> torch.Tensor:
@@ -27,7 +27,7 @@ class SoftCap(torch.autograd.Function):
 class CappedLoss(torch.autograd.Function):
     """Soft-capped logits, written over x `[N, V]`, and the sum of their cross-entropies in nats.
 
-    One number a row is kept for the way back, which goes through loss and cap in one pass, by blocks of rows.
+    One number a row is kept for the backward pass, which goes through loss and cap at once, block by block of rows.
     """
 
     ROWS = 8  # in fp32, 8 rows of 32,000 logits fit the second-level cache

@@ -10,7 +10,7 @@ BLOCK_TYPES = ("recurrent", "attention")
 
 
 class RecurrentGemmaConfig(TransformersRecurrentGemmaConfig):
-    """transformers' configuration, refused in one line where no model can have it."""
+    """transformers' configuration, refused with a one-line error where no model can have it."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         check_config(self)

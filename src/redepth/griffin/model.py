@@ -107,7 +107,7 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         Args:
             input_ids: `[B, T]`; or `inputs_embeds` `[B, T, D]`, before the embedding scale.
             position_ids: `[B, T]`; counted without padding by default. A 0 after a row's first token starts a new
-                document, which nothing of the one before reaches.
+                document, to which nothing of the previous one is visible.
             attention_mask: `[B, stored + T]`, 1 for tokens and 0 for padding, anywhere in a row. A padding column after
                 a row's tokens returns what the last of them returns.
             past_key_values: the cache of earlier calls; made here if `use_cache`.
@@ -192,7 +192,7 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
                 model_kwargs["past_key_values"].activate_past_recording()
 
     def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
-        """Leave positions to the model: generate() would count on from the last column, which may be padding."""
+        """Leave positions to the model: generate() would continue counting from the last column, which may be padding."""
 
     def forward(
         self,

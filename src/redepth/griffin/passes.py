@@ -84,7 +84,7 @@ def attention_segments(
         if documents is not None:
             of_key = nn.functional.pad(documents, (stored, 0))[:, keys]
             allowed = allowed & (documents[:, queries, None] == of_key[:, None, :])[:, None]
-        # Padding sees itself: a row of the softmax with nothing in it is not a number.
+        # Padding sees itself: the softmax of an empty row is not a number.
         return allowed | (key == query)
 
     if whole:
@@ -98,7 +98,7 @@ def attention_segments(
     segments: list[Segment] = []
     start = 0
     if same_for_rows and stored == 0 and not explicit:
-        # Within the first window causal is enough, and the kernels are fastest at that.
+        # Within the first window a causal mask is enough, and the kernels are fastest with it.
         start = min(window, tokens)
         segments.append(Segment(slice(0, start), slice(0, start), None))
     known: dict[tuple[int, int, int], torch.Tensor] = {}
@@ -126,7 +126,7 @@ def real_columns(
         return None
     past = cache.length if cache is not None else 0
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
-        raise UserError("attention_mask must be [batch, tokens]; a recurrence can't honour any other kind")
+        raise UserError("attention_mask must be [batch, tokens]; a recurrence supports no other kind")
     if attention_mask.shape != (batch, past + tokens):
         raise UserError(
             f"attention_mask has shape {list(attention_mask.shape)}, but {past} stored and {tokens} new tokens in "

@@ -1,4 +1,4 @@
-"""What a run began with, kept in its work folder, so that it is taken up again with the same or not at all."""
+"""What a run began with, kept in its work folder, so that it resumes with the same, or not at all."""
 
 import shutil
 import uuid
@@ -18,7 +18,7 @@ from .recipe import HealRecipe
 
 WORK_FOLDER = "healing"
 BEFORE_FILE = "before.json"
-# What may change when a run is taken up again: it has no part in what is learnt, or only rounds differently.
+# What may change when a run is resumed: it does not affect what is learnt, apart from rounding.
 FREE_TO_CHANGE = {
     "micro_batch_size",
     "activation_checkpointing",
@@ -37,7 +37,7 @@ class Begun:
         recipe: every key of it.
         fingerprints: of what the run learns from, by a name for it; None where it is not stored here.
         sources, flops: as in `Healing`.
-        run: tells this run from every other.
+        run: an id of this run.
     """
 
     recipe: dict[str, Any]

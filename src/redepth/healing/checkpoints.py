@@ -43,7 +43,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def last_whole(work: Path, remark: Callable[[str], None]) -> Path | None:
-    """The newest whole checkpoint in the work folder; torn ones are remarked on, and removed by the next `sweep`."""
+    """The newest complete checkpoint in the work folder; damaged ones are reported, and removed by the next `sweep`."""
     for checkpoint in reversed(checkpoints_in(work)):
         trouble = damage(checkpoint)
         if trouble is None:
@@ -53,7 +53,7 @@ def last_whole(work: Path, remark: Callable[[str], None]) -> Path | None:
 
 
 def sweep(work: Path) -> None:
-    """Remove torn checkpoints, which would otherwise count among those that are kept."""
+    """Remove damaged checkpoints, which would otherwise count among those that are kept."""
     for checkpoint in checkpoints_in(work):
         if damage(checkpoint) is not None:
             shutil.rmtree(checkpoint)

@@ -12,13 +12,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 @dataclass(frozen=True)
 class Progress:
-    """One record of a run, for whoever shows it.
+    """One record of a run, for display.
 
     Attributes:
         part: `loss before`, `training` or `loss after`.
         done: share of the part, in [0, 1].
         loss: of the last optimiser step, in nats per token.
-        remark: something to be told once, beside the progress.
+        remark: something to report once, in addition to the progress.
     """
 
     part: str
@@ -33,7 +33,7 @@ class Progress:
 class RunClock(TrainerCallback):
     """Progress of the run in [0, 1], by steps or by time, whichever is further, and when to stop.
 
-    All processes go by the slowest one's time and stop together. SIGTERM ends the run after the current step, with a
+    All processes follow the slowest one's clock and stop together. SIGTERM ends the run after the current step, with a
     checkpoint.
     """
 

@@ -9,7 +9,7 @@ from .supervision import deepest_of
 
 
 def _along(curve: str, progress: float, fraction: float, start: float, end: float) -> float:
-    """The value on the way from start to end, which takes `fraction` of the run (McLeish et al. 2025, section 4)."""
+    """The value at this progress between start and end, reached after `fraction` of the run (McLeish et al. 2025, section 4)."""
     ramp = min(progress / fraction, 1.0)
     if curve == "constant":
         return end

@@ -1,4 +1,4 @@
-"""Learning from the model that the checkpoint was made of, beside the text."""
+"""Learning from the model that the checkpoint was made from, in addition to the text."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ class Teacher:
     """A frozen model whose next-token distributions the student follows (Hinton et al. 2015).
 
     The loss of a token is (1 − mix)·CE + mix·T²·KL(teacher ‖ student), both softened by the temperature T. The teacher's
-    hidden states are held for the batch; its logits only for the tokens whose loss is being taken.
+    hidden states are held for the batch; its logits only for the tokens whose loss is being computed.
     """
 
     def __init__(self, model: Any, mix: float, temperature: float) -> None:
@@ -75,6 +75,6 @@ def open_teacher(folder: Path, recipe: HealRecipe, vocab_size: int, dtype: torch
     differs = source.tokenizer is not None and source.tokenizer.get_vocab() != own.get_vocab()
     if differs or source.config.get_text_config().vocab_size != vocab_size:
         raise RedepthError(
-            f"teacher {source.name!r} has another vocabulary than {folder}; use one with the same tokenizer"
+            f"teacher {source.name!r} has a different vocabulary from {folder}; use one with the same tokenizer"
         )
     return Teacher(source.reference_model().to(dtype), recipe.distill, recipe.temperature)

@@ -27,7 +27,7 @@ from redepth.modeling.policy import sample_num_steps
 from .optim import MuonWithAdamW, is_inner_matrix
 
 Supervision = Literal["every-step", "last", "scratchpad"]
-LEARNED = 0.25  # nats: below this mean loss the curriculum goes on to one more step
+LEARNED = 0.25  # nats: below this mean loss the curriculum adds one more step
 REMEMBERED = 0.8  # of the mean loss, at each update
 WEIGHT_DECAY = 0.01
 WARM_UP, DECAY = 50, 0.5  # updates, and the share of the run in which the rates fall
@@ -39,7 +39,8 @@ class TaskTraining:
     """How a small model is trained.
 
     Attributes:
-        supervision: `every-step`, each step asks for its own intermediate result; `last`, the answer after the last step;
+        supervision: `every-step`, each step asks for its own intermediate result; `last`, the answer after the last
+            step;
             `scratchpad`, intermediate results are written out as tokens.
         num_steps: r under `last` and `scratchpad`; 0 to draw it anew at each update (mean: the deepest answer's). Under
             `every-step` how many steps are asked for in the end; 0 for those of the deepest answer and `beyond` more.
@@ -47,7 +48,7 @@ class TaskTraining:
         seconds: end after this time if that comes first; schedules then run on time.
         learning_rate, muon_learning_rate: of embeddings and head, and of the matrices inside the layers.
         window: supervised steps in a row, at each update.
-        beyond: how many steps past the deepest answer are asked for too, so that more steps don't hurt.
+        beyond: how many steps beyond the deepest answer get a label too, so that more steps don't hurt.
         ramp: share of the run until the deepest answers are asked; under `every-step` the loss decides instead.
     """
 
@@ -137,7 +138,8 @@ def train_on_task(
     draws = torch.Generator().manual_seed(training.seed)
     count = count_parameters(config)
     least, most = task.depth
-    # Under `every-step` problems are long from the start, and the steps that are asked for grow in number: short problems
+    # Under `every-step` problems are long from the start, and the steps that are asked for grow in number: short
+    # problems
     # would teach the second step to leave what the first has found.
     longest, reach = (most, training.window) if training.supervision == "every-step" else (min(max(least, 1), most), 0)
     deepest = training.num_steps or most + training.beyond
@@ -281,7 +283,7 @@ def require_array_task(task: object, spec: str) -> ArrayTask:
     """The task, if it has compact ids.
 
     Raises:
-        RedepthError: if it has text alone.
+        RedepthError: if it exists only as text.
     """
     if not isinstance(task, ArrayTask):
         raise RedepthError(f"{spec!r} has no compact ids, which a small model needs; use a task of redepth's own")

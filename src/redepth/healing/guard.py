@@ -11,11 +11,11 @@ FEWEST = 20  # steps before a median is trusted
 
 
 class SpikeGuard:
-    """Says which optimiser steps to skip.
+    """Decides which optimiser steps to skip.
 
     A step is skipped where its loss or its gradient norm is not finite, or exceeds `factor` times the median over the
     last `REMEMBERED` steps that were taken, once there have been `FEWEST` of them. Its gradients are dropped; weights,
-    moments and the step count of the optimiser stay as they are, while data, depth and schedules go on. After
+    moments and the step count of the optimiser stay as they are, while data, depth and schedules move on. After
     `max_skipped` such steps in a row the run ends.
     """
 

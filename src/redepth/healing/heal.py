@@ -44,7 +44,7 @@ Listener = Callable[[Progress], None]
 
 
 class HealingInterrupted(RedepthError):
-    """A run that SIGTERM ended early, with a checkpoint to go on from."""
+    """A run that SIGTERM ended early, with a checkpoint to resume from."""
 
     exit_code = 143
 
@@ -75,8 +75,9 @@ def heal(
 ) -> Healing:
     """Train a recurrent checkpoint so that it makes use of its depth.
 
-    Checkpoints to resume from lie in `healing/` inside the folder that the healed model is for, while the run goes on;
-    the same call after an interruption goes on from the last whole one and gives what the unbroken run would have given.
+    Checkpoints to resume from lie in `healing/` inside the folder that the healed model is for, while the run lasts;
+    the same call after an interruption resumes from the last complete one and gives what the uninterrupted run would
+    have given.
     At the end the healed model takes its place, written whole.
 
     Args:
@@ -84,7 +85,7 @@ def heal(
         recipe: the defaults of `HealRecipe` if left out.
         out: folder for the healed model, instead of healing in place.
         on_progress: called with each record of the run.
-        on_preflight: called once, before the training, unless the run is taken up again.
+        on_preflight: called once, before the training, unless the run is resumed.
         further: heal in place a checkpoint that is healed already.
 
     Raises:
@@ -141,7 +142,7 @@ def heal(
 
 
 def finished_run(target: CheckpointFolder) -> Healing | None:
-    """The run that was killed when only clearing up was left to do, which is done now; None where there is none."""
+    """The run that was killed when only cleaning up was left, which is done now; None where there is none."""
     work = target.path / WORK_FOLDER
     begun, done = read_begun(work), read_healing(target.path)
     if begun is None or done is None or begun.run != done.run:
@@ -159,7 +160,7 @@ def _local_folder(checkpoint: str | Path) -> Path:
 
 
 def _check_target(folder: Path, target: Path, before: Healing | None, further: bool) -> None:
-    """Whatever would keep the end of the run from being written.
+    """Check for anything that would keep the end of the run from being written.
 
     Raises:
         RedepthError: naming it.
@@ -176,7 +177,7 @@ def _check_target(folder: Path, target: Path, before: Healing | None, further: b
 
 
 def _least_bytes(folder: Path) -> int:
-    """What a run writes at the least: the new weights, and two checkpoints with weights in fp32."""
+    """The least that a run writes: the new weights, and two checkpoints with weights in fp32."""
     weights = sum((folder / name).stat().st_size for name in CheckpointFolder(folder).weights())
     dtype = read_config(folder)[0].dtype
     return weights + 2 * weights * FP32_BYTES // (dtype.itemsize if isinstance(dtype, torch.dtype) else FP32_BYTES)
@@ -234,11 +235,13 @@ def _train(prepared: Prepared, begun: Begun, work: Path, is_first: bool, earlier
     trainer.resume(last)
     steps, skipped = trainer.state.global_step, trainer.guard.skipped
     if trainer.clock.terminated and trainer.clock.progress < 1:
-        raise HealingInterrupted(f"stopped by SIGTERM after step {steps}, which is saved; the same command goes on")
+        raise HealingInterrupted(
+            f"stopped by SIGTERM after step {steps}, which is saved; run the same command again to resume"
+        )
     start_over = f"nothing is saved as healed; change the recipe and remove {work} to start over"
     if len(skipped) >= steps:
         raise RedepthError(
-            f"all {steps} steps were skipped, for losses or gradients that are no numbers, so {start_over}"
+            f"all {steps} steps were skipped because losses or gradients were not finite, so {start_over}"
         )
     after = _losses(prepared, "loss after")
     _check_losses(after, f"after the training, so {start_over}")

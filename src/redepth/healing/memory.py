@@ -41,7 +41,7 @@ class Memory:
 
 
 def memory_of(model: nn.Module, recipe: HealRecipe, activations: int, teacher: Teacher | None) -> Memory:
-    """The run's memory, its activations being known."""
+    """The memory of the run, given that of its activations."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = FP32_BYTES * sum(parameter.numel() for parameter in trainable)
     # AdamW keeps two moments; Muon one, for its matrices.
@@ -57,7 +57,7 @@ def memory_of(model: nn.Module, recipe: HealRecipe, activations: int, teacher: T
 
 
 def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
-    """The most bytes of tensors made in `work` that are alive at once, what a checkpointed pass makes again included."""
+    """The most bytes of tensors made in `work` that are alive at once, including what a checkpointed pass recomputes."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -69,7 +69,7 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
 
 
 class _LiveTensors(TorchDispatchMode):
-    """Follows the storages that operations make, for devices whose allocator does not tell."""
+    """Follows the storages that operations create, for devices whose allocator does not report them."""
 
     def __init__(self) -> None:
         super().__init__()

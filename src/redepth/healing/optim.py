@@ -33,7 +33,7 @@ def set_trainable(model: RecurrentDepthForCausalLM, recipe: HealRecipe) -> nn.Mo
 
 
 def _with_lora(model: RecurrentDepthForCausalLM, recipe: HealRecipe) -> nn.Module:
-    """LoRA (Hu et al. 2021) on the matrices of the chosen groups' layers, the adapter trained in full beside it."""
+    """LoRA (Hu et al. 2021) on the matrices of the chosen groups' layers, with the adapter trained in full."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:

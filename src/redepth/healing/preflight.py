@@ -1,4 +1,4 @@
-"""What a run will be, found out before it starts: tokens, FLOPs, memory, time, and that every parameter learns."""
+"""What a run will take, found out before it starts: tokens, FLOPs, memory, time, and whether every parameter learns."""
 
 import time
 from dataclasses import dataclass

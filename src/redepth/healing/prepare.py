@@ -69,7 +69,7 @@ def prepare(folder: Path, recipe: HealRecipe, work: Path, on_progress: Callable[
     """The trainer of a run, with nothing written outside the work folder.
 
     Raises:
-        RedepthError: for a checkpoint, recipe or machine that don't go together.
+        RedepthError: for a checkpoint, recipe and machine that don't fit together.
     """
     config, _ = read_config(folder)
     read_recipe(folder)  # which the end adds to
@@ -103,7 +103,7 @@ def prepare(folder: Path, recipe: HealRecipe, work: Path, on_progress: Callable[
     try:
         trainer = HealTrainer(
             recipe,
-            # One process speaks for all.
+            # One process reports for all.
             on_progress if arguments.process_index == 0 else lambda record: None,
             held_out,
             teacher,

@@ -50,14 +50,14 @@ class HealRecipe(BaseModel):
     license: str | None = Field(None, description="the data's licence, where it has no column `license`")
     validation: str | None = Field(None, description="held-out text; the data's first documents by default")
     separate_documents: bool = Field(
-        True, description="packed documents don't see each other: attention and positions restart with each"
+        True, description="packed documents do not see each other: attention and positions restart with each of them"
     )
     questions: int = Field(8, ge=1, description="questions in each text of a task")
     stages: tuple[Stage, ...] = Field((), description="stretches of the run by the difficulty of a task's problems")
     answer_weight: float = Field(1.0, gt=0, description="of a task's answer token in the loss, beside a token of text")
     sequence_length: int = Field(512, ge=8, description="tokens in a row")
     batch_size: int = Field(8, ge=1, description="rows in an optimiser step, over all processes")
-    micro_batch_size: int = Field(4, ge=1, description="most rows in a process's memory at once")
+    micro_batch_size: int = Field(4, ge=1, description="largest number of rows in a process's memory at once")
     max_steps: int = Field(500, ge=1, le=10**9, description="optimiser steps")
     max_minutes: float | None = Field(
         None, gt=0, description="end after this time if that comes first; schedules then run on time"
@@ -96,13 +96,15 @@ class HealRecipe(BaseModel):
     step_weight_growth: float = Field(
         1.0, gt=0, description="a supervised step's weight, in the weights of the one before"
     )
-    curriculum: Curve = Field("one-minus-sqrt", description="how the mean gets there: constant, linear, one-minus-sqrt")
+    curriculum: Curve = Field(
+        "one-minus-sqrt", description="how the mean reaches its value: constant, linear, one-minus-sqrt"
+    )
     curriculum_start: float = Field(1.0, ge=1, description="the mean at the start")
-    curriculum_fraction: float = Field(0.5, gt=0, le=1, description="share of the run that the way takes")
+    curriculum_fraction: float = Field(0.5, gt=0, le=1, description="share of the run after which the mean stays")
     backprop_depth: int = Field(8, ge=1, le=DEEPEST, description="how many of the last steps carry a gradient")
-    backprop_curriculum: Curve = Field("constant", description="how that number gets there, as for the mean")
+    backprop_curriculum: Curve = Field("constant", description="how that number reaches its value, as for the mean")
     backprop_start: int = Field(1, ge=1, description="that number at the start")
-    backprop_fraction: float = Field(0.5, gt=0, le=1, description="share of the run that its way takes")
+    backprop_fraction: float = Field(0.5, gt=0, le=1, description="share of the run after which it stays")
 
     train: Literal["all", "core", "adapter", "core+adapter", "lora"] = Field(
         "all", description="which parameters train; lora: low-rank updates, and the adapter in full"
@@ -132,7 +134,7 @@ class HealRecipe(BaseModel):
     report_to: str = Field(
         "auto", description="trackers, comma-separated, as Trainer's report_to; auto is TensorBoard where installed"
     )
-    seed: int = Field(0, ge=0, lt=2**32, description="of the data order, the sampled depths and the noise")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of the data order, the sampled depths and the noise")
 
     @field_validator("eval_depths", "lora_groups", mode="before")
     @classmethod
@@ -247,7 +249,7 @@ def fill(table: type[Table], values: Any, where: str) -> Table:
     try:
         return table.model_validate(values)
     except ValidationError as error:
-        # Of a union's members, the one that the value came furthest into is the one that was meant.
+        # Of a union's members, the one whose error lies deepest in the value is the one that was meant.
         first = max(error.errors(), key=lambda entry: len(entry["loc"]))
         said = first["msg"].removeprefix("Value error, ")
         if not first["loc"]:

@@ -120,7 +120,7 @@ def retrofit(
     on_progress: Callable[[Progress], None] | None = None,
     on_preflight: Callable[[Preflight], None] | None = None,
 ) -> Evaluation:
-    """Convert, verify, heal, calibrate and evaluate into `out`; what is there from an earlier call is not done again.
+    """Convert, verify, heal, calibrate and evaluate into `out`; what an earlier call has finished is not repeated.
 
     Raises:
         RedepthError: where a part fails, or `out` holds what another recipe made.

@@ -81,7 +81,7 @@ class HealTrainer(Trainer):
         self.clock.step = self.state.global_step
         if self.clock.progress < 1:
             self.train(resume_from_checkpoint=str(checkpoint))
-        else:  # only what comes after the training is left to do
+        else:  # the training is done, and only what follows it is left
             self._load_from_checkpoint(str(checkpoint))
 
     def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -176,14 +176,15 @@ class HealTrainer(Trainer):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has many names
+        except (OSError, RuntimeError, SafetensorError) as error:  # libraries report a full disk in many ways
             shutil.rmtree(folder, ignore_errors=True)
             raise RedepthError(
-                f"{folder} could not be written: {first_line(error)}; make room, and the same command goes on"
+                f"{folder} could not be written: {first_line(error)}; free some space, then run the same command again to resume"
             ) from error
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            # Trainer reads it back as a bare PreTrainedConfig, which rejects llama3's rope settings; the model has its own.
+            # Trainer reads it back as a bare PreTrainedConfig, which rejects llama3's rope settings; the model has its
+            # own.
             (folder / CONFIG_NAME).unlink(missing_ok=True)
             state = {
                 "elapsed": self.clock.elapsed,
@@ -233,7 +234,7 @@ class HealTrainer(Trainer):
             options=StateDictOptions(full_state_dict=True, cpu_offload=True),
         )
         model = RecurrentDepthForCausalLM(self.plain_model().config)
-        if self.args.should_save:  # the others are given nothing
+        if self.args.should_save:  # the other processes receive nothing
             model.load_state_dict(weights)
         return model
 
@@ -296,7 +297,7 @@ def training_arguments(recipe: HealRecipe, work: Path, bf16: bool) -> TrainingAr
             logging_nan_inf_filter=False,
             save_steps=recipe.save_every,
             save_total_limit=2,
-            # The rows know where to go on.
+            # The rows know where to resume.
             ignore_data_skip=True,
             report_to=trackers,
             disable_tqdm=True,

@@ -25,7 +25,7 @@ class ProcessorAttention(torch.autograd.Function):
     """Causal attention whose gradients are written out, some queries at a time (Dao et al. 2022, algorithm 4).
 
     torch's own backward kernel for processors makes little use of their bf16 matrix units; at rows of 256 to 512 tokens
-    this one takes about half its time. Nothing is kept but inputs and output.
+    this one takes about half its time. Only inputs and output are kept for the backward pass.
     """
 
     @staticmethod
@@ -37,7 +37,8 @@ class ProcessorAttention(torch.autograd.Function):
         mask: torch.Tensor | None,
         scaling: float,
     ) -> torch.Tensor:
-        """`query` is `[B, H, T, K]`, `key` and `value` `[B, G, T, K]`, the mask None (causal) or bool `[B or 1, 1, T, T]`.
+        """`query` is `[B, H, T, K]`, `key` and `value` `[B, G, T, K]`, the mask None (causal) or bool `[B or 1, 1, T,
+        T]`.
 
         Returns `[B, H, T, K]`.
         """
@@ -55,7 +56,7 @@ class ProcessorAttention(torch.autograd.Function):
         query, key, value, mask, mixed = ctx.saved_tensors
         tokens, groups = query.shape[2], key.shape[1]
         per_group = query.shape[1] // groups
-        # Σ_s p_ts · (d loss / d p_ts), which softmax's derivative takes off: [B, H, T, 1].
+        # Σ_s p_ts · (d loss / d p_ts), which the derivative of softmax subtracts: [B, H, T, 1].
         common = (grad.float() * mixed.float()).sum(-1, keepdim=True).to(grad.dtype)
         # The queries of a group lie side by side, so that each group is one product: [B, G, H / G, T, K].
         query, grad, common = ((part.unflatten(1, (groups, per_group))) for part in (query * ctx.scaling, grad, common))

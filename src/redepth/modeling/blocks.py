@@ -35,7 +35,7 @@ def eager_attention(
     softcap: float | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out, the only kind here that can soft-cap its scores (Gemma 2 report, section 2).
+    """Attention written out step by step, the only kind here that can soft-cap its scores (Gemma 2 report, section 2).
 
     `query` is `[B, H, T, K]`, `key` and `value` `[B, G, S, K]`, the mask `[B, 1, T, S]`, bool or additive;
     returns `[B, T, H, K]` and the probabilities `[B, H, T, S]`.
@@ -166,14 +166,14 @@ class LruMixer(LruBlock):
         return self.linear_out(times(gate, align_right(h, reading.restore, dim=1).to(gate.dtype)))
 
     def _mix_subset(self, x: torch.Tensor, context: PassContext, subset: TokenSubset, step: int) -> torch.Tensor:
-        """The tokens still in the loop, `[rows, places, D]`, between those that have left, whose last writing stands."""
+        """The tokens still in the loop, `[rows, places, D]`, beside those that have left, whose last entries stay."""
         reading, cache = context.reading, context.cache
         assert reading is not None
         assert cache is not None
         timeline, slots = reading.timeline, cache.lru_slots
         rows = subset.rows[:, None].expand_as(subset.positions)
         at = subset.positions if reading.restore is None else reading.restore[rows, subset.positions]
-        # One entry for each token, without the filling.
+        # One entry for each token, without the fillers.
         where = rows[subset.real], at[subset.real]
         before = slots.writes_of(self.layer_idx)
         inputs = before.inputs.index_put(where, self.linear_x(x)[subset.real])
@@ -212,13 +212,13 @@ class Block(GradientCheckpointingLayer):
         super().__init__()
         self.placement = config.norm_placement
         self.layer_idx = layer
-        # Which of the two a layer has is told by its tensors' names as well.
+        # The tensors' names also show which of the two a layer has.
         if config.layer_type(layer) == LRU_LAYER:
             self.recurrence = LruMixer(config, layer)
         else:
             self.attn = Attention(config, layer)
         self.mlp = GatedMLP(config)
-        # How a fresh model starts this; transformers initialises a module by itself, without its place.
+        # How a fresh model initialises this layer: transformers passes a module alone, without its position.
         self.mlp.proj.fresh_start = "narrow"  # type: ignore[assignment]
         self.mlp.fc.fresh_start = "up half narrow"  # type: ignore[assignment]
         self.norm_1 = norm(config, config.n_embd)

@@ -40,7 +40,7 @@ class RecurrentDepthCache(Cache):
         rule: a cache rule or a published alias (`compress-s4`, `latest-m4`, …); the config's by default.
 
     Raises:
-        ValueError: for an unknown rule, and for one that recurrent layers can't follow.
+        ValueError: for an unknown rule, and for one that recurrent layers do not support.
     """
 
     def __init__(self, config: Any, rule: str | None = None) -> None:
@@ -49,9 +49,10 @@ class RecurrentDepthCache(Cache):
         # By name: an exporter takes a cache apart into plain values and tensors.
         self.rule_name = parse_cache_rule(rule if rule is not None else config.cache_rule).name
         self.length = 0
-        # Which stored tokens are padding, [batch, length]; None while none is known to be.
+        # Which stored tokens are padding, [batch, length]; None as long as none is known to be.
         self.padding_mask: torch.Tensor | None = None
-        # Which document of its row each stored token belongs to, counted from 0, [batch, length]; None while all to one.
+        # Which document of its row each stored token belongs to, counted from 0, [batch, length]; None while all to
+        # one.
         self.documents: torch.Tensor | None = None
         # The number of steps that each stored token ran, [batch, length].
         self.steps_run: torch.Tensor | None = None
@@ -145,7 +146,7 @@ class RecurrentDepthCache(Cache):
         return self.lru
 
     def lru_state(self, layer_idx: int, step: int, timeline: Timeline) -> LruState:
-        """The memory of a recurrent layer at a step, to be moved on by this pass; `update` for such layers."""
+        """The memory of a recurrent layer at a step, which this pass advances; it takes the place of `update`."""
         self._steps_in_pass = max(self._steps_in_pass, step)
         return self.lru_slots.enter(layer_idx, self.rule.place(step), timeline)
 
@@ -176,7 +177,7 @@ class RecurrentDepthCache(Cache):
         """End a decoding in which the rows came to different lengths.
 
         Args:
-            lengths: `[batch]`, the tokens of each row that are stored and right; beyond them it is padding.
+            lengths: `[batch]`, how many stored tokens of each row are valid; the rest is padding.
             steps_run: `[batch, max(lengths) - stored tokens]`, of the tokens since the last commit.
         """
         past, end = self.length, int(lengths.max())
@@ -250,7 +251,7 @@ class RecurrentDepthCache(Cache):
         return self.lru is None or self.lru.recording
 
     def activate_past_recording(self) -> None:
-        """Keep the recurrent layers' states of every token until the next crop; keys and values need nothing."""
+        """Keep the recurrent layers' states of every token until the next crop; keys and values need no such record."""
         if self.lru is not None:
             self.lru.recording = True
 
@@ -298,7 +299,7 @@ class RecurrentDepthCache(Cache):
             self.lru.map_rows(change)
 
     def _change(self, names: tuple[str, ...], change: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
-        """Apply a change to what is kept beside the slots, where there is any."""
+        """Apply a change to everything kept in addition to the slots."""
         for name in names:
             kept = getattr(self, name)
             if kept is not None:

@@ -11,7 +11,7 @@ KNOWN_RULES = "full, latest, skip, ring-N, first-R-then-last, or latest or skip 
 
 @dataclass(frozen=True)
 class CacheRule:
-    """Which steps' keys and values are kept, and what an earlier token shows at a step that it never ran.
+    """Which steps' keys and values are kept, and what stands in for a step that an earlier token never ran.
 
     Attributes:
         name: the rule as redepth writes it, such as `latest+ring-4`.

@@ -61,7 +61,7 @@ class CacheSlot(CacheLayerMixin):
         capacity = self._storage["keys"].shape[2]
         if length <= capacity:
             return
-        # A first prefill is stored exactly; from then on room doubles.
+        # A first prefill gets exactly the room it needs; after that the room doubles.
         capacity = length if capacity == 0 else max(length, 2 * capacity)
         for name, old in self._storage.items():
             new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
@@ -87,7 +87,7 @@ class CacheSlot(CacheLayerMixin):
     def update_subset(
         self, key_states: torch.Tensor, value_states: torch.Tensor, start: int, subset: TokenSubset
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the chosen tokens of a pass that begins at position `start`; where nothing was written, zeros stand.
+        """Write the chosen tokens of a pass that begins at position `start`; what was never written is zero.
 
         Args:
             key_states, value_states: `[rows, kv_heads, places, head_dim]`.

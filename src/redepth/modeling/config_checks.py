@@ -1,4 +1,4 @@
-"""What each field of a configuration may hold: one table, read before anything is worked out from it."""
+"""What each field of a configuration may hold: one table, checked before anything is derived from the configuration."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from .cache_rules import parse_cache_rule
 from .errors import UserError
 
-# Names of fields by what they hold; a ? means that null will do.
+# Names of fields by what they hold; a ? means that null is allowed.
 COUNTS = "vocab_size n_embd n_heads intermediate_size block_size mean_backprop_depth conv1d_width max_num_steps"
 COUNTS_OR_NULL = "num_key_value_heads head_dim sliding_window lru_width num_steps"
 INTEGERS = "n_layers_in_prelude n_layers_in_recurrent_block n_layers_in_coda"
@@ -34,7 +34,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
 
 
-# For each kind of field: its names, what a value must be, and how that is said.
+# For each kind of field: its names, what a value must be, and the words for it.
 TABLE = (
     (COUNTS, lambda v: _is_integer(v) and v >= 1, "an integer of at least 1"),
     (COUNTS_OR_NULL, lambda v: v is None or (_is_integer(v) and v >= 1), "an integer of at least 1, or null"),

@@ -1,6 +1,6 @@
 """Configuration of a depth-recurrent language model, in the published `huginn_raven` format.
 
-The published keys keep their names. The switches that tell one family's block from another's are
+The published keys keep their names. The switches by which one family's block differs from another's are
 redepth's own keys; their defaults describe Huginn-0125, so a published config needs none of them.
 """
 
@@ -56,17 +56,20 @@ class RecurrentDepthConfig(PreTrainedConfig):
         proj_bias, mlp_bias (`bool`): bias on attention's output projection, and on the mlp's projections.
         query_scale (`float`, *optional*): factor on q·k, `head_dim ** -0.5` by default.
         norm_before_coda (`bool`): whether `ln_f` is applied to the last state before the coda, as Huginn does.
-        initial_state_mode (`str`): s_0 is `noise`, `zeros`, or `embed` (the prelude's output e); `skip-adapter` is `embed`, and
+        initial_state_mode (`str`): s_0 is `noise`, `zeros`, or `embed` (the prelude's output e); `skip-adapter` is
+        `embed`, and
             the first step runs the core on e itself, without the adapter.
         state_std, state_scale (`float`, *optional*): noise is a normal cut at ±3 std with this std, times the scale;
             `init_values["std"]` and `init_values["embed_scale"]` by default.
         state_seed (`int`): seed of the noise outside training; position t's noise depends on (seed, t) alone.
         cache_rule (`str`): default rule of the cache, see `cache.RecurrentDepthCache`.
-        num_steps (`int`, *optional*): the depth to run when none is given; the calibrated one, or else `mean_recurrence`,
+        num_steps (`int`, *optional*): the depth to run when none is given; the calibrated one, or else
+        `mean_recurrence`,
             by default. It serves callers that can't pass one, as `from_pretrained(folder, num_steps=8)`.
         max_num_steps (`int`): a larger depth is refused as a mistake.
         depth_profile (`dict`, *optional*): what calibration measured: `num_steps`, the depth to use when none is given;
-            `valid_range`, the least and the most steps that are sound; `thresholds` of the exit tests by wanted agreement;
+            `valid_range`, the smallest and the largest depth that work; `thresholds` of the exit tests by wanted
+            agreement;
             and by number of steps, from 1, `loss`, `kl_to_deepest`, `agreement` and `exit_rates`.
     """
 
@@ -141,7 +144,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
         if self.lru_width is None and self.has_lru:
             self.lru_width = self.n_embd
         self.n_layers = self.n_layers_in_prelude + self.n_layers_in_recurrent_block + self.n_layers_in_coda
-        # Published configs give the table's padded size, and some their rope in the older keys.
+        # Published configs give the padded size of the vocabulary, and some give their rope in older keys.
         self.vocab_size = kwargs.pop("padded_vocab_size", None) or self.vocab_size
         theta = kwargs.get("rope_theta") or self.rope_base
         if self.rope_parameters is None and not kwargs.get("rope_scaling"):

@@ -14,10 +14,10 @@ def times(fresh: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 def fits_no_cache(x: torch.Tensor) -> bool:
-    """Whether `x` `[B, T, …]` had better be worked on a `BLOCK` of tokens at a time.
+    """Whether it is better to process `x` `[B, T, …]` in blocks of `BLOCK` tokens.
 
-    On the CPU long chains of small operations are bound by memory, and by fresh memory most of all. A gradient needs it
-    anyway, and a compiler has its own means.
+    On the CPU long chains of small operations are bound by memory, and by fresh memory most of all. A gradient needs
+    that memory anyway, and a compiler has its own ways.
     """
     return x.shape[1] > BLOCK and x.device.type == "cpu" and not torch.is_grad_enabled() and not is_compiling()
 

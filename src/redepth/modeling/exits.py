@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from .errors import UserError
 
-# (new, old) → what is held against the threshold, `[N]`; states are [N, D], logits [N, V] in fp32.
+# (new, old) → what is compared with the threshold, `[N]`; states are [N, D], logits [N, V] in fp32.
 Measure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -107,7 +107,7 @@ class ExitTracker:
         self.test = test
         self.min_steps = min_steps
         self.streak_needed = test.streak if test.streak is not None else threshold
-        # A test whose threshold counts steps asks for a measure of zero at each of them.
+        # A test whose threshold counts steps passes at a step where its measure is zero.
         self.threshold = threshold if test.streak is not None else 0.5
         self._old: torch.Tensor | None = None
         self._streak: torch.Tensor | None = None
@@ -117,7 +117,7 @@ class ExitTracker:
 
         Args:
             new: states `[N, D]` or logits `[N, V]` of the tokens still in the loop.
-            tokens: `[N]`, their numbers among all of the pass, for what is remembered between steps.
+            tokens: `[N]`, their indices among all tokens of the pass, by which measures are remembered between steps.
             step: counted from 1.
 
         Returns:

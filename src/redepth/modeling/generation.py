@@ -20,7 +20,7 @@ logger = logging.get_logger(__name__)
 
 
 class RefuseNaN(LogitsProcessor):
-    """Stops a generation whose logits are no numbers, where greedy decoding would go on without a word."""
+    """Stops a generation whose logits are NaN, where greedy decoding would continue in silence."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         check_numbers(scores)
@@ -47,7 +47,7 @@ class RecurrentDepthGeneration(GenerationMixin):
                 model_kwargs["past_key_values"].activate_past_recording()
 
     def _prepare_generated_length(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
-        """Stop where the model's room ends: the last token that is generated is not run, so that it needs none."""
+        """Stop where the model's longest text ends: the last generated token is not run, so it needs no room."""
         prepared: Any = super()._prepare_generated_length(generation_config, *args, **kwargs)  # type: ignore[misc]
         most = self.config.block_size + 1
         if kwargs["input_ids_length"] < most < prepared.max_length:
@@ -81,7 +81,8 @@ class RecurrentDepthGeneration(GenerationMixin):
                 model's own `generation_config`, the nearest first.
 
         Returns:
-            as `generate`; with `return_dict_in_generate=True` the output has `stats`, of which `num_steps` `[B, tokens]` is
+            as `generate`; with `return_dict_in_generate=True` the output has `stats`, of which `num_steps` `[B,
+            tokens]` is
             the steps of each token in the cache, and `is_full` says that the text ended because `block_size` was reached.
 
         Raises:
@@ -100,7 +101,7 @@ class RecurrentDepthGeneration(GenerationMixin):
             raise UserError(f"give either a policy or {min(keywords)}, and not both")
         arguments = kwargs | {"custom_generate": custom_generate, "assistant_model": assistant_model}
         policy.check_beside(arguments)
-        # Watchers (record, patch) hang in the stack.
+        # Watchers (record, patch) are attached to the stack.
         if getattr(self, "transformer").watchers:  # noqa: B009
             beams = kwargs.get("num_beams") or getattr(generation_config or self.generation_config, "num_beams", None)
             if not policy.is_one_token_at_a_time or (beams or 1) > 1:
@@ -111,7 +112,7 @@ class RecurrentDepthGeneration(GenerationMixin):
             arguments["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), RefuseNaN()])
         else:
             decode = speculative_decoding if policy.wavefront is None else wavefront_decoding
-            # transformers hands no streamer to a decoding method of one's own.
+            # transformers passes no streamer to a custom decoding method.
             arguments["custom_generate"] = partial(decode, streamer=streamer)
         transformers_generate: Any = super().generate  # type: ignore[misc]
         output = transformers_generate(inputs, generation_config, streamer=streamer, **arguments)
@@ -166,7 +167,7 @@ class RecurrentDepthGeneration(GenerationMixin):
         if unknown:
             raise UserError(f"cache_kwargs has {min(unknown)!r}, but only {', '.join(known)} is known")
         rule = (cache_kwargs or {}).get("lookup_strategy")
-        # Without a criterion a call is a plain generate; with one, `latest` is what the published rule comes down to.
+        # Without a criterion a call is a plain generate; with one, the published rule amounts to `latest`.
         if criterion in (None, "none"):
             kwargs |= {"cache_rule": rule}
         else:

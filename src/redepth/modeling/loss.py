@@ -19,9 +19,9 @@ def cross_entropy_of_tokens(logits: torch.Tensor, targets: torch.Tensor, places:
 
 
 class _SummedInChunks(torch.autograd.Function):
-    """A sum over tokens whose gradients are made in the forward pass, while each chunk's logits are at hand.
+    """A sum over tokens whose gradients are computed in the forward pass, while each chunk's logits are available.
 
-    The backward pass then has nothing to make again: it scales what the forward pass has kept, which is no larger than
+    The backward pass then recomputes nothing: it scales what the forward pass has kept, which is no larger than
     the inputs.
     """
 
@@ -67,10 +67,10 @@ def chunked_cross_entropy(
     parameters: Iterable[torch.Tensor] = (),
     shift_labels: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Next-token loss, its logits made a few tokens at a time.
+    """Next-token loss, with logits computed a few tokens at a time.
 
     The logits of a row of text are by far the largest tensor of training (512 tokens of a 262k vocabulary are half a
-    gigabyte). Where gradients are wanted they are made chunk by chunk too, so that no logits are made twice.
+    gigabyte). Gradients, where needed, are computed chunk by chunk as well, so that no logits are computed twice.
 
     Args:
         hidden: `[B, T, D]`, as the head takes it.
@@ -78,7 +78,7 @@ def chunked_cross_entropy(
         logits_of: gives the logits `[n, V]` of `[n, D]`.
         num_items: what the summed loss is divided by; the number of labels by default.
         token_loss: the loss of some tokens, where it is not the plain cross-entropy.
-        parameters: what `logits_of` reads besides its argument; those without requires_grad are passed over.
+        parameters: what `logits_of` reads besides its argument; those without requires_grad are skipped.
         shift_labels: `[B, T]`, each token's target itself, in place of `labels`.
 
     Returns:

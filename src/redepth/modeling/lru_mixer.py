@@ -1,4 +1,4 @@
-"""Griffin's recurrent block (De et al. 2024, section 2.4): the gated linear recurrence that both models can mix with.
+"""Griffin's recurrent block (De et al. 2024, section 2.4): the gated linear recurrence that both models use as a mixer.
 
 Shapes: B batch, T tokens, D width, R width of the recurrence, H heads, W width of a head (R / H), C taps.
 """
@@ -42,9 +42,9 @@ class InputScale(torch.autograd.Function):
 
 @dataclass
 class Timeline:
-    """What a recurrence has to know about the columns of one pass, in which padding stands left of a row's tokens."""
+    """What a recurrence has to know about the columns of one pass, where padding is to the left of a row's tokens."""
 
-    # Every row starts its text at column 0, and nowhere else.
+    # Whether every row's text starts at column 0, and no text starts elsewhere.
     fresh: bool = False
     # `[B, T]`, where a text starts, if that is not said by `fresh`.
     starts: torch.Tensor | None = None
@@ -103,13 +103,13 @@ class RGLRU(nn.Module):
         return gate.sigmoid() if gate.requires_grad else gate.sigmoid_()
 
     def forward(self, x: torch.Tensor, timeline: Timeline) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the recurrence adds and by what it fades: √(1 − a²) (i x) and a, `[B, T, R]` each, in fp32."""
+        """What the recurrence adds, and the factor by which the state decays: √(1 − a²) (i x) and a, `[B, T, R]` each, in fp32."""
         log_a = self._gate(x, self.recurrent_gate_weight, self.recurrent_gate_bias)
         log_a = times(log_a, -DECAY_POWER * nn.functional.softplus(self.recurrent_param.float()))
-        # Without a graph the plain operations, in place, do the same with less.
+        # Without a graph, in-place operations do the same with less memory.
         learning = log_a.requires_grad
         scale = InputScale.apply(log_a) if learning else (2 * log_a).expm1_().neg_().sqrt_()
-        # The first input of a text enters whole.
+        # The first input of a text enters without the factor √(1 − a²).
         if timeline.fresh:
             scale = scale.index_fill(1, torch.zeros(1, dtype=torch.long, device=x.device), 1.0)
         elif timeline.starts is not None:
@@ -117,7 +117,7 @@ class RGLRU(nn.Module):
         added = self._gate(x, self.input_gate_weight, self.input_gate_bias)
         added, a = (x * added * scale, log_a.exp()) if learning else (added.mul_(x).mul_(scale), log_a.exp_())
         if timeline.real is not None:
-            # Padding neither adds to the state nor lets it fade.
+            # Padding neither adds to the state nor lets it decay.
             added, a = added * timeline.real[..., None], a.masked_fill(~timeline.real[..., None], 1.0)
         return added, a
 
@@ -131,7 +131,7 @@ class CausalConv(nn.Conv1d):
         weight, bias, inputs = self.weight[:, 0].float(), self.bias.float(), inputs.float()
         tokens = inputs.shape[1] - self.kernel_size[0] + 1
         if tokens == 1 and timeline.since_start is None:
-            # Decoding is a matter of how many small operations there are.
+            # The time of decoding depends on the number of small operations.
             return (inputs * weight.T).sum(1, keepdim=True) + bias
         taps = weight.unbind(-1)
         out = torch.addcmul(bias, inputs[:, len(taps) - 1 :], taps[-1])
@@ -163,7 +163,7 @@ class LruBlock(nn.Module):
         return nn.functional.pad(x, (0, 0, self.conv_1d.kernel_size[0] - 1, 0))
 
     def forward(self, x: torch.Tensor, timeline: Timeline, memory: LruState | None = None) -> torch.Tensor:
-        """`x` is `[B, T, D]`; returns `[B, T, D]`. The memory, if given, moves on by T tokens."""
+        """`x` is `[B, T, D]`; returns `[B, T, D]`. The memory, if given, advances by T tokens."""
         gate = self.act_fn(self.linear_y(x))
         return self.linear_out(times(gate, self._recur(self.linear_x(x), timeline, memory)))
 
@@ -184,7 +184,7 @@ class LruBlock(nn.Module):
 
 
 def scan_on(added: torch.Tensor, decay: torch.Tensor, timeline: Timeline, memory: LruState | None) -> torch.Tensor:
-    """Every state h `[B, T, R]` of the recurrence, in fp32, from the one remembered, which moves on."""
+    """Every state h `[B, T, R]` of the recurrence, in fp32, starting from the stored one, which advances."""
     h, _ = linear_scan(added, decay, memory.state() if memory is not None else None, timeline.starts)
     if memory is not None:
         memory.store_states(h)

@@ -1,6 +1,6 @@
 """The gated linear recurrence h_t = a_t · h_{t-1} + x_t, forward and backward, in time-parallel chunks.
 
-It lives beside the models because a checkpoint's code may import its own folder only.
+It is in this folder because a checkpoint's code can import only from its own folder.
 Shapes: B batch, T tokens, D channels, C tokens of a chunk, N chunks.
 """
 
@@ -90,7 +90,7 @@ def _scan(x: torch.Tensor, a: torch.Tensor, h0: torch.Tensor, reverse: bool) -> 
     chunks = tokens // length
     whole = chunks * length
     state = h0
-    # Going back in time, the tokens that fill no chunk come first.
+    # Backwards in time, the tokens that do not fill a chunk come first.
     parts = [slice(0, whole), slice(whole, tokens)][order]
     for part in parts:
         if part.stop == part.start:

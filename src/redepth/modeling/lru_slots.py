@@ -27,7 +27,7 @@ class ReadingOrder:
     """How a recurrent layer reads the columns of a pass: its padding moved to the left, and back again."""
 
     timeline: Timeline
-    # `[B, T]`: the caller's columns with padding first, and where each went; None if they stand so already.
+    # `[B, T]`: the caller's columns with padding first, and where each went; None if they are in that order already.
     order: torch.Tensor | None = None
     restore: torch.Tensor | None = None
 
@@ -92,15 +92,15 @@ def reading_order(
 class LruSlots:
     """Memories of all recurrent layers, one for each step that the cache rule keeps.
 
-    A pass reads what the passes before it left and writes beside it; `commit` makes that the past. So a step may be run
+    A pass reads what earlier passes left and writes elsewhere; `commit` makes the new entries the past. So a step may be run
     again, and the steps that share a memory under `ring-N` all start from the same one, as they do with keys.
 
-    Under `latest` a token is there at steps that it did not run: what it last wrote (its convolution's input, what it
-    added to the state and by what it let the state fade) stands in, as its last keys and values do.
+    Under `latest` a token also counts at steps that it did not run: what it last wrote (its convolution's input, what it
+    added to the state, and the factor by which it let the state decay) stands in, as its last keys and values do.
 
     Args:
         taps: C.
-        stands_in: whether tokens stand in for themselves at steps that they did not run.
+        stands_in: whether a token's last step stands in for the steps that it did not run.
     """
 
     def __init__(self, taps: int, stands_in: bool) -> None:
@@ -122,13 +122,13 @@ class LruSlots:
         self._timelines: dict[int, Timeline] = {}
 
     def enter(self, layer: int, place: int, timeline: Timeline) -> LruState:
-        """The memory of `layer` at a step, to be moved on by this pass.
+        """The memory of `layer` at a step, which this pass advances.
 
         Args:
             place: which of the layer's memories the cache rule gives the step; 0 in prelude and coda.
         """
         self._timelines[layer] = timeline
-        # Where no token has come this deep, all of them stand as at the deepest step that there is.
+        # Where no token ran this deep, all of them count with the deepest step that there is.
         deepest = next((self.memories[layer, p] for p in range(place, -1, -1) if (layer, p) in self.memories), None)
         memory = (deepest or LruState(self.taps)).fork(self.recording)
         self._next[layer, place] = memory
@@ -163,7 +163,7 @@ class LruSlots:
         """Forget the last tokens, of which every state was recorded; a negative number, as transformers counts them.
 
         Raises:
-            ValueError: for tokens that were not recorded: a state can't be taken back.
+            ValueError: for tokens that were not recorded: a state can't be rolled back.
         """
         if -tokens_to_remove > self.croppable:
             raise UserError(

@@ -1,6 +1,6 @@
 """The memory of one RG-LRU block, whichever model it is in.
 
-Stored tokens are aligned to the right: a row with less to remember than another has its gap at the left, where nothing
+Stored tokens are aligned to the right: a row that remembers fewer tokens than another has its gap at the left, where nothing
 reads. Shapes: B batch, T new tokens, R width of the recurrence, C taps of the convolution.
 """
 
@@ -31,7 +31,7 @@ class LruState:
         self.reset()
 
     def fork(self, record_past: bool) -> "LruState":
-        """Another memory that goes on from here; nothing is written in place, so the two share what they have."""
+        """Another memory that continues from this one; nothing is written in place, so the two share what they have."""
         other = LruState(self.kept_inputs + 1)
         other.record_past, other.inputs, other.states = record_past, self.inputs, self.states
         return other

@@ -70,13 +70,13 @@ class PassContext:
         return self._elsewhere[device]
 
     def watched(self, part: str, layer: int | None, step: int, value: torch.Tensor) -> torch.Tensor:
-        """What goes on in the place of a part's value: the same, unless a watcher puts another there."""
+        """The value with which the pass continues: the part's own, unless a watcher replaces it."""
         for watcher in self.watchers:
             value = watcher(part, layer, step, value, self)
         return value
 
     def wants(self, part: str, layer: int | None, step: int) -> bool:
-        """Whether a watcher asks for a part that is not worked out otherwise."""
+        """Whether a watcher asks for a part that is not computed otherwise."""
         return any(watcher.wants(part, layer, step) for watcher in self.watchers)
 
     def gather(self, subset: TokenSubset) -> "PassContext":
@@ -89,7 +89,7 @@ class PassContext:
         )
 
     def without_skipped(self, step: int, batch: int, tokens: int) -> "PassContext":
-        """Under cache rule `skip`, the context that hides the tokens that never came to this step."""
+        """Under cache rule `skip`, the context that hides the tokens that never reached this step."""
         if self.cache is None or self.cache.rule.missing != "skip":
             return self
         steps_run = self.steps_run
@@ -146,7 +146,7 @@ def _within_documents(mask: Any, documents: torch.Tensor) -> torch.Tensor:
     """A mask `[B or 1, 1, T, S]`, bool or additive, without the keys of other documents, which `[B, S]` tells apart."""
     if not isinstance(mask, torch.Tensor) or mask.ndim != 4:
         raise UserError(
-            "position_ids begin another document beside padding or a cache that holds one, which needs attention of kind "
+            "position_ids begin another document next to padding or to a cache that holds one, which needs attention of kind "
             "sdpa or eager; load the model with attn_implementation='sdpa'"
         )
     same = (documents[:, None, -mask.shape[2] :, None] == documents[:, None, None, :]).to(mask.device)
@@ -185,7 +185,7 @@ def pass_context(
 
     Args:
         attention_mask: `[B, S]`, 1 for tokens and 0 for padding, or `[B, 1, T, S]` as the attention takes it.
-        position_ids: `[B or 1, T]`; counted without padding by default. Where they don't go on by one, another document
+        position_ids: `[B or 1, T]`; counted without padding by default. Where they don't increase by one, another document
             begins, which sees nothing of the one before; at a pass's first token only where they are 0.
         whole_masks: write masks out even where all is causal, so that tokens can be gathered from them.
 
@@ -221,7 +221,7 @@ def pass_context(
         else:
             position_ids = torch.arange(past, total, device=hidden.device)[None]
     if total > config.block_size and not is_tracing(position_ids):
-        # Padding and other documents count for nothing.
+        # Padding and other documents are not counted.
         check_length(config, int(position_ids.max()) + 1)
     documents = None
     if cache is not None:
@@ -249,7 +249,7 @@ def pass_context(
     }
     whole_batch = padding_mask is None or starts is None or surely(padding_mask.all())
     if starts is not None and past == 0 and whole_batch:
-        # transformers makes the masks of packed documents where nothing else is in a row.
+        # transformers itself makes the masks of packed documents where a row holds nothing else.
         mask_inputs |= {"attention_mask": None, "past_key_values": None, "position_ids": position_ids}
         documents = None
     elif documents is not None:

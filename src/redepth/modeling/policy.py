@@ -1,6 +1,7 @@
 """How many steps each token runs, and by which way of decoding: chosen and checked once for a call.
 
-A `DepthPolicy` is resolved from a model's configuration and a caller's keywords, which every door takes alike: `forward`,
+A `DepthPolicy` is resolved from a model's configuration and a caller's keywords, which every door takes alike:
+`forward`,
 `generate`, the commands, a server. From then on it is only read.
 """
 
@@ -18,9 +19,9 @@ from .configuration import RecurrentDepthConfig
 from .errors import UserError
 from .exits import ExitTest, ExitTracker, Measure, find_exit_test
 
-EVERY_STEP = ("full", "latest")  # the rules that keep a token's steps apart, as a draft needs it
-WAVEFRONT_RULE = "ring-1"  # every token shows what it holds now
-# What of `generate`'s own goes with one token at a time alone.
+EVERY_STEP = ("full", "latest")  # the rules that keep every step of a token, as a draft needs it
+WAVEFRONT_RULE = "ring-1"  # every token exposes what it holds now
+# Arguments of `generate` that work only where tokens are decoded one at a time.
 ONE_TOKEN_AT_A_TIME = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate")
 
 
@@ -30,7 +31,7 @@ def split_num_steps(num_steps: Any, most: int | None = None) -> tuple[int, int]:
     A scalar puts every step under the gradient, so that training with a plain number gives gradients.
 
     Args:
-        most: the largest sum that is taken for meant.
+        most: the largest sum that is accepted.
 
     Raises:
         ValueError: for anything else, for negative counts, for fewer than one step in all, and for more than `most`.
@@ -80,10 +81,10 @@ class Wavefront:
 
     Attributes:
         headway: how many places are opened at each pass.
-        inner_steps: steps of the core between two looks at the tokens.
+        inner_steps: steps of the core in each pass, after which the tokens are predicted anew.
         exit_threshold: a place settles when ‖s − s_old‖ / ‖s‖ over one pass is below it.
         noise_mix: share of a fresh initial state mixed into every unsettled state before each pass.
-        max_wavefront: most places open at once.
+        max_wavefront: the largest number of open places.
         report_agreement: measure in `stats["agreement"]` which share of the tokens plain decoding would have chosen.
 
     Raises:
@@ -117,13 +118,14 @@ class DepthPolicy:
     """How r is chosen for a call or a request. Made by `resolve`, which checks; from then on only read.
 
     Attributes:
-        num_steps: r, or the most steps of a token where a test may end them earlier.
-        without_gradient: how many of them, the first, carry no gradient.
+        num_steps: r, or the largest number of steps of a token where a test may end them earlier.
+        without_gradient: how many of them, from the first, carry no gradient.
         test, threshold: the exit test of adaptive depth and its threshold; None at a fixed depth.
         min_steps: steps that every token runs under a test.
-        draft_steps, draft_tokens: of self-speculative decoding; None where tokens are not drafted, or as many as pays.
+        draft_steps, draft_tokens: of self-speculative decoding; None where no tokens are drafted, or where as many are
+            drafted as pay off.
         wavefront: settings of the wavefront sampler; None where it is not asked for.
-        cache_rule: what an earlier token shows at each step.
+        cache_rule: which step of an earlier token is read at each step.
         state_seed: seed of a noise state; None for the config's, or in training for fresh noise.
         continuous_compute: whether a single new token starts from the s_r of the one before it.
     """
@@ -173,16 +175,17 @@ class DepthPolicy:
             exit_threshold: the test's or the sampler's; `auto` for its default, or of a test a calibrated agreement
                 such as `99%`.
             min_steps: steps that every token runs under a criterion.
-            draft_steps: draft tokens with so few steps and verify them with `num_steps` in one pass (self-speculative
+            draft_steps: draft tokens with this few steps and verify them with `num_steps` in one pass (self-speculative
                 decoding): the same output, or the same distribution, sooner.
-            draft_tokens: how many are drafted at a time; adapted to what is accepted by default.
+            draft_tokens: how many are drafted at a time; by default it follows how many were accepted.
             sampler: `wavefront`: all unsettled tokens advance together, a few steps each; not lossless.
             headway, inner_steps, noise_mix, max_wavefront, report_agreement: its settings, see `Wavefront`.
             cache_rule: a rule or a published alias, see `RecurrentDepthCache`.
             state_seed: seed of a noise state.
             continuous_compute: a single new token starts from the s_r of the one before it, which the cache holds,
-                instead of the initial state (warm start, "continuous chain of thought"). Prompts start as ever.
-            held_rule: the rule of a cache that is at hand already.
+                instead of the initial state (warm start, "continuous chain of thought"). Prompts start from the usual
+                initial state.
+            held_rule: the rule of a cache that exists already.
             training: whether the model is in training mode.
 
         Raises:
@@ -275,7 +278,7 @@ class DepthPolicy:
             raise UserError(f"{name} can't go with {excluded[0]}; choose one of them")
 
     def tracker(self) -> ExitTracker | None:
-        """What follows the exit test over one pass; None at a fixed depth."""
+        """The tracker of the exit test over one pass; None at a fixed depth."""
         if self.test is None or self.threshold is None:
             return None
         return ExitTracker(self.test, self.threshold, self.min_steps)
@@ -285,7 +288,7 @@ class DepthPolicy:
         return replace(self, draft_steps=None, draft_tokens=None, wavefront=None)
 
     def __str__(self) -> str:
-        """The choices in the words of the keywords, in one line."""
+        """The choices in one line, named like the keywords."""
         steps = f"({self.without_gradient}, {self.num_steps - self.without_gradient})"
         said: dict[str, Any] = {"num_steps": steps if self.without_gradient else self.num_steps}
         if self.test is not None:
@@ -341,10 +344,11 @@ def chosen_rule(
     drafting: bool = False,
     wavefront: Wavefront | None = None,
 ) -> CacheRule:
-    """The rule of the cache that is at hand, or of a new one.
+    """The rule of the existing cache, or of a new one.
 
-    A criterion needs one that says what an exited token shows at its deeper steps, a draft one that keeps steps apart, and
-    the wavefront the one under which every token shows what it holds now.
+    A criterion needs a rule that says what stands in for an exited token's deeper steps, a draft one that keeps every
+    step, and
+    the wavefront the one under which every token exposes what it holds now.
 
     Raises:
         ValueError: for an unknown rule, and for one that can't go with the rest.
@@ -352,7 +356,7 @@ def chosen_rule(
     if held is not None:
         if rule is not None and parse_cache_rule(rule) != held:
             raise UserError(
-                f"cache_rule={rule!r} was asked for beside a cache of rule {held.name!r}; leave it out, or start from an "
+                f"cache_rule={rule!r} does not fit the given cache, whose rule is {held.name!r}; leave it out, or start from an "
                 "empty cache"
             )
         rule = held.name
@@ -364,7 +368,7 @@ def chosen_rule(
     if wavefront is not None and chosen.name != WAVEFRONT_RULE:
         raise UserError(f"the wavefront sampler reads by cache rule {WAVEFRONT_RULE!r}, not {rule!r}")
     if adaptive and chosen.missing == "refuse":
-        # Recurrent layers take no combination of rules, so that `latest` alone is left.
+        # Recurrent layers do not support combined rules, so `latest` is the only choice.
         joined = "latest" if chosen.name == "full" or config.has_lru else f"latest+{chosen.name}"
         raise UserError(f"a criterion can't go with cache rule {rule!r}, which needs every step; use {joined!r}")
     if drafting and chosen.name not in EVERY_STEP:

@@ -41,7 +41,7 @@ class RecurrentDepthPreTrainedModel(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *model_args: Any, config: Any = None, **kwargs: Any
     ) -> Any:
-        """As in transformers; a published config that leaves its kind open is completed from the tensor names.
+        """As in transformers; where a published config does not say which kind it is, the tensor names complete it.
 
         Raises:
             ValueError: for a checkpoint that fits no published kind, naming the tensors.

@@ -1,4 +1,4 @@
-"""The published checkpoints' kinds. Their configs do not say which they are; their tensor names do."""
+"""The kinds of published checkpoints. Their configs do not say which kind they are; their tensor names do."""
 
 import json
 import math
@@ -35,7 +35,7 @@ _OUTER = {
     "freqs_cis",
 }
 _LAYER = re.compile(r"transformer\.(?:prelude|core_block|coda)\.\d+\.(.+)")
-# What the retrofitted uploads draw s_0 with when their config does not say.
+# The std with which the retrofitted uploads draw s_0 when their config does not give one.
 RETROFIT_STATE_STD = 0.008703882797784892
 
 
@@ -46,7 +46,8 @@ class Kind:
     name: str
     block: frozenset[str]
     switches: dict[str, Any]
-    # Whether the switches are a conclusion from the tensors' names alone, that only a look at the model's text can prove.
+    # Whether the switches are a conclusion from the tensors' names alone, that only a look at the model's text can
+    # prove.
     is_inferred: bool = False
 
 
@@ -123,7 +124,7 @@ def tensor_names(checkpoint: Any, **where: Any) -> list[str] | None:
 
 
 def complete_config(config: RecurrentDepthConfig, checkpoint: Any, **where: Any) -> Kind | None:
-    """Set the switches that a published checkpoint's config file leaves open.
+    """Set the switches that a published checkpoint's config file does not mention.
 
     Args:
         config: as read from the file; changed in place.

@@ -21,7 +21,7 @@ class RaggedRows:
     Args:
         model: the recurrent model.
         input_ids: prompts `[B, tokens]`, padded on the left.
-        prepared: what `generate` hands to a decoding method besides.
+        prepared: what else `generate` passes to a decoding method.
 
     Raises:
         ValueError: for settings of `generate` that this kind of decoding can't serve.
@@ -51,7 +51,7 @@ class RaggedRows:
         self._prompt = {name: prepared.get(name) for name in ("attention_mask", "position_ids")}
 
     def prefill(self, policy: DepthPolicy) -> torch.Tensor:
-        """Run what the cache does not hold of the prompts, and give the logits after their last tokens, `[B, V]`."""
+        """Run the part of the prompts that the cache does not hold; returns the logits after their last tokens, `[B, V]`."""
         past, mask, positions = (
             self.cache.get_seq_length(),
             self._prompt["attention_mask"],
@@ -103,7 +103,7 @@ class RaggedRows:
         return result
 
     def append(self, row: int, tokens: list[int]) -> int:
-        """Add tokens to a row until one ends it, and say how many were added."""
+        """Add tokens to a row until one of them ends it; returns how many were added."""
         begin = int(self.lengths[row])
         for end, token in enumerate(tokens, begin + 1):
             self.ids[row, end - 1] = token

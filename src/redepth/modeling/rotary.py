@@ -36,7 +36,7 @@ def rotations(
 
 
 def rotate_half_style(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate channel i with channel i + half of those that turn; the others pass. `x` is `[B, heads, T, K]`."""
+    """Rotate channel i with channel i + half of the rotated ones; the others pass unchanged. `x` is `[B, heads, T, K]`."""
     half = cos.shape[-1]
     cos, sin = cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)
     first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)

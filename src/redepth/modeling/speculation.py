@@ -1,7 +1,7 @@
 """Self-speculative decoding: draft with few steps of the core, verify with all of them in one pass.
 
 Draft and target are the same model at two depths. At steps up to `draft_steps` a drafted token's states, keys and values are
-what plain decoding would compute, so that the deep pass goes on from them instead of starting again; only the coda is run
+what plain decoding would compute, so the deep pass continues from them instead of starting again; only the coda is run
 twice. Acceptance is Leviathan et al. 2023, algorithm 1: what is emitted has the distribution of the deep model.
 """
 
@@ -13,15 +13,15 @@ from .policy import DepthPolicy
 from .ragged import RaggedRows
 
 MOST_DRAFTED = 16
-START_RATE = 0.8  # what is believed of the acceptance rate before the first round
-MEMORY = 0.9  # how much of that belief lasts a round
+START_RATE = 0.8  # the acceptance rate assumed before the first round
+MEMORY = 0.9  # the weight of the old estimate after a round
 
 
 def draft_length(rate: float, draft_cost: float, verify_cost: float) -> int:
     """How many tokens to draft so that most tokens come out per unit of time.
 
-    A round of k drafts gives (1 − rate^k) / (1 − rate) tokens on average for k shallow passes and a deep one, whose time
-    hardly depends on k where reading the weights is what takes it.
+    A round of k drafts gives (1 − rate^k) / (1 − rate) tokens on average for k shallow passes and a deep one, whose
+    time hardly depends on k where it is spent reading weights.
 
     Args:
         rate: the chance that a drafted token is accepted.
@@ -49,7 +49,7 @@ class DraftRound:
         assert policy.draft_steps is not None
         # The last token of each row is not in the cache yet: it is the first to run.
         places = (rows.lengths - 1)[:, None] + torch.arange(k, device=rows.ids.device)
-        # The token at the last place of all is never run.
+        # The token at the very last place is never run.
         real = (places < rows.ids.shape[1] - 1) & rows.running[:, None]
         places = places.clamp(max=rows.ids.shape[1] - 2)
         embeddeds, states, self.drafted, self.drafted_from = [], [], [], []

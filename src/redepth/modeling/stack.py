@@ -74,8 +74,9 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
         self.ln_f = norm(config, config.n_embd)
         # Training: keep only the states between steps, and run each step again in the backward pass.
         self.checkpoint_steps = False
-        # Each is told of every `forward` before it runs (`start_pass`), and called with (part, layer, step, value, context)
-        # as the parts come to be; what it gives back goes on in the value's place. A layer is counted over the whole
+        # Each is told of every `forward` before it runs (`start_pass`), and called with (part, layer, step, value,
+        # context)
+        # as the parts are computed; what it returns takes the value's place. A layer is counted over the whole
         # stack; the step is 0 for the initial state and outside the core.
         self.watchers: tuple[Any, ...] = ()
         self.post_init()
@@ -203,7 +204,7 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
     ) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Adaptive exit: every token leaves the loop when its test says so, and costs the core nothing from then on.
 
-        What an exited token shows at its deeper steps is the cache rule's to say.
+        What stands in for the deeper steps of an exited token is up to the cache rule.
 
         Args:
             real: `[B, T]`, which tokens are not padding; padding leaves after the first step.
@@ -379,5 +380,5 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
         if cache is None:
             raise UserError("continuous_compute=True needs a cache to carry the state; leave use_cache on")
         if cache.last_state is None and cache.get_seq_length():
-            raise UserError("continuous_compute=True can't go on from a cropped cache, whose last state is gone")
+            raise UserError("continuous_compute=True can't continue from a cropped cache, whose last state is gone")
         return cache.last_state

@@ -9,7 +9,7 @@ from .errors import UserError
 
 
 def surely(condition: torch.Tensor) -> bool:
-    """Whether a condition `[]` on data holds, for shortcuts; a compiler can't ask, and takes the general way."""
+    """Whether a condition `[]` on data holds, for shortcuts; under a compiler it can't be asked, and the general way is taken."""
     return not is_tracing(condition) and bool(condition)
 
 
@@ -25,8 +25,8 @@ class TokenSubset:
 
     Attributes:
         rows: `[rows]`, the rows of the batch that have such tokens.
-        positions: `[rows, places]`, their positions in the pass; short rows are filled up with position 0.
-        real: `[rows, places]`, which places are tokens and not filling.
+        positions: `[rows, places]`, their positions in the pass; short rows are padded with position 0.
+        real: `[rows, places]`, which places are tokens and not fillers.
         batch, tokens: the size of the whole pass.
     """
 

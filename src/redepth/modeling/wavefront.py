@@ -1,7 +1,7 @@
 """Wavefront sampling: all tokens that have not settled advance together, a few steps of the core each.
 
 After Geiping et al. 2025, "Efficient parallel samplers for recurrent-depth models and their connection to diffusion
-language models": a token's place is opened before the token before it is certain, and what it holds is refined as its
+language models": a token's place is opened before the token preceding it is certain, and what it holds is refined as its
 neighbours are. Not lossless: tokens read what their neighbours hold at the moment, not the neighbours' step i.
 """
 
@@ -14,7 +14,7 @@ from .ragged import RaggedRows
 
 
 class Chooser:
-    """Picks the token after each place; its sampling noise is the place's own, so that a pick changes only if the logits do
+    """Picks the token after each place; the sampling noise of a place stays the same, so a pick changes only if the logits do
     (the Gumbel-max trick)."""
 
     def __init__(self, rows: RaggedRows) -> None:
@@ -100,7 +100,7 @@ def wavefront_decoding(
         steady[_cells(index, real)] += settings.inner_steps
         settled = real & ((moved < settings.exit_threshold) | (steady[every_row, index] >= policy.num_steps))
         unchanged = guesses[every_row, index + 1] == picked
-        # A place closes with all before it, if the token it has just run on is the one that they lead to.
+        # A place closes together with all before it, if it has just run on the token that they predict.
         settled[:, 1:] &= unchanged[:, :-1]
         closing = settled.long().cumprod(1).sum(1)
         changed = real & ~unchanged
@@ -114,7 +114,7 @@ def wavefront_decoding(
         opened = torch.minimum(opened + settings.headway, closed + closing + settings.max_wavefront)
         opened = opened.clamp(max=places_in_all)
         _guess_onwards(guesses, opened)
-        # Processors read the open places' tokens where a row's own come to an end.
+        # Beyond the end of a row, logits processors read the tokens of its open places.
         _show_guesses(rows, guesses)
     closed = rows.lengths - 1 - rows.start
     stats: dict[str, Any] = {"passes": passes, "core_passes": core_passes}

@@ -105,7 +105,7 @@ class Conversion:
 
     Attributes:
         adapter: `inject`, `blend:α` or `random`.
-        dtype: of the tensors that it gives.
+        dtype: of the recurrent tensors.
         seed: of a random adapter.
     """
 
@@ -194,7 +194,7 @@ class Conversion:
         return model.eval()
 
     def recipe(self) -> dict[str, Any]:
-        """What would make this checkpoint again."""
+        """The recipe that reproduces this checkpoint."""
         return {
             "convert": {
                 "source": self.source.recorded_name,

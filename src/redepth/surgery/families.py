@@ -53,7 +53,7 @@ class Family(BaseModel):
         requires: source config values without which the block would not be the same; any other is refused.
         outer, layer: the weight table, redepth's tensor ← the source's, several where redepth fuses them (rows stacked
             in the order given). Read backwards it splits them again.
-        layer_of_type: what layers of a type have beside `layer`, by redepth's layer type.
+        layer_of_type: what layers of a type have in addition to `layer`, by redepth's layer type.
         layer_prefix: where the source keeps its layers.
         ignored: endings of tensors that hold no weights.
         file: where a user's own family was read from; None for redepth's.

@@ -26,7 +26,7 @@ ADAPTERS = ("inject", "blend:0.125", "blend:0.25", "blend:0.5")
 SCREENING_ADAPTER = "blend:0.25"
 SHORTLIST = 6
 TOLERANCE = 0.005  # nats
-STILL = 1e-3  # a state that a step changes by less stands still
+STILL = 1e-3  # a state that a step changes by less counts as standing still
 ROWS_AT_ONCE = 4
 
 
@@ -97,9 +97,9 @@ class PlanSearch:
 def ranked(candidates: Sequence[Candidate], tolerance: float = TOLERANCE) -> list[Candidate]:
     """Candidates in order of choice.
 
-    A candidate's loss is its mean over the depths. Those within `tolerance` of the lowest count as equally unhurt, and
-    among them a longer core comes first, then the one whose steps move the state most: it carries more of the state
-    on, which is what healing has to build on. The others follow by their loss. A core that leaves the state where it
+    A candidate's loss is its mean over the depths. Those within `tolerance` of the lowest count as equal, and
+    among them a longer core comes first, then the one whose steps move the state most: healing needs a state that each
+    step takes further. The others follow by their loss. A core that leaves the state where it
     is can't be hurt by depth and can't use it either (`inject`), so such candidates come last.
     """
     moving = [one for one in candidates if one.movement >= STILL]
@@ -314,16 +314,16 @@ def search_plans(
     on_progress: Callable[[str, float], None] | None = None,
     family: str | Path | None = None,
 ) -> PlanSearch:
-    """Measure the source's layers and find the plans that start least hurt.
+    """Measure the source's layers and find the plans with the lowest loss before training.
 
     Every stretch of `core_layers` layers is looked at with one start on the first quarter of the rows; the best
-    `SHORTLIST` of them are then measured with every start on all rows. The same again with `drop_layers` layers left
-    out next to the core. Hidden states are shared: the source runs once over each batch.
+    `SHORTLIST` of them are then measured with every start on all rows. The same is done with `drop_layers` layers
+    dropped next to the core. Hidden states are shared: the source runs once over each batch.
 
     Args:
         rows: `[rows, tokens]`, without padding.
         adapters: starts to try, `inject` or `blend:α`.
-        depths: numbers of steps, 1 among them or not.
+        depths: numbers of steps to measure.
         tolerance: see `ranked`.
         autocast: dtype of the matrix products; fp32 if left out.
         on_progress: called with (part, share done).

@@ -40,7 +40,7 @@ class Check:
 
     Attributes:
         kl: mean over tokens of KL(source ‖ checked), in nats.
-        verdict: `equal`, `differs`, or, where nothing is promised, `reported`.
+        verdict: `equal`, `differs`, or `reported` where neither is required.
         passed: whether the verdict is the wanted one.
     """
 
@@ -197,7 +197,7 @@ def verify(
     del reference
 
     checks = []
-    # A start that is not meant to equal its source is checked with one that is: the layers are the same.
+    # A start that is not meant to equal its source is checked through one that is: the layers are the same.
     exact = conversion if conversion.starts_equal else replace(conversion, adapter="inject")
     tell("verify", 0.25)
     full = exact.with_plan(conversion.plan.full_cover(), torch.float32)

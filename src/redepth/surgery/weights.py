@@ -96,7 +96,8 @@ def adapter_weight(
 ) -> torch.Tensor:
     """The adapter's start, `[D, 2 D]` on `[state; e]`, in fp32.
 
-    `inject` is `[0 | I]`; `blend:α` is `[α I | (1 − α) I]`, with the next α whose parts are exact in `dtype`, so that
+    `inject` is `[0 | I]`; `blend:α` is `[α I | (1 − α) I]`, with the nearest α for which α and 1 − α are exact in
+    `dtype`, so that
     they add up to one there; `random` is a normal cut at ±3 std with std √(2/(5 D)).
     """
     kind, alpha = parse_adapter(adapter)

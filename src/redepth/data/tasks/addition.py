@@ -1,4 +1,4 @@
-"""Column addition: which digit stands here, once the carries have come through?"""
+"""Column addition: which digit is here once the carries have been added?"""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -1,4 +1,4 @@
-"""Tasks whose problems are arrays: drawn, told apart into splits and rendered many at a time."""
+"""Tasks whose problems are arrays: drawn, sorted into splits and rendered many at a time."""
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace

@@ -79,7 +79,7 @@ class TaskBatch:
 
 @dataclass(frozen=True)
 class ScratchpadBatch:
-    """Problems with their intermediate results written out, for a model that thinks in tokens.
+    """Problems with their intermediate results written out, for a model that reasons in tokens.
 
     A row is a statement and then A segments, one for each question. Segments don't see each other; each starts at the
     same position, and is the question, the intermediate results, the answer and the end.

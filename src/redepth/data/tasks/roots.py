@@ -1,4 +1,4 @@
-"""Pointer chains followed to their end: which node does this one lead to in the end?"""
+"""Pointer chains followed to their end: which node does this one finally lead to?"""
 
 from dataclasses import dataclass
 from typing import ClassVar
