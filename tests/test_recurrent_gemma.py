@@ -565,7 +565,7 @@ def test_bad_input_is_refused_in_one_line():
             "needs? \\[2, 12\\]",
             {"input_ids": ids, "attention_mask": torch.ones(2, 6), "past_key_values": cache},
         ),
-        (ValueError, "can't honour", {"input_ids": ids, "attention_mask": torch.ones(2, 1, 6, 6)}),
+        (ValueError, "supports no other kind", {"input_ids": ids, "attention_mask": torch.ones(2, 1, 6, 6)}),
         (ValueError, "position_ids has shape", {"input_ids": ids, "position_ids": torch.arange(5)[None]}),
         (ValueError, "holds 2 rows", {"input_ids": ids[:1], "past_key_values": cache}),
         (ValueError, "other layers", {"input_ids": ids, "past_key_values": foreign}),
