@@ -32,10 +32,10 @@ demo-griffin: $(STAMP)
 	@$(BIN)/python examples/train_griffin.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -m ''
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m ''
 
 test-portable: $(STAMP)
 	@PYTHON=$(BIN)/python tests/portable.sh $(VARIANTS)
