@@ -1,7 +1,7 @@
 # make demo        convert, verify, heal and run a real model
 # make demo-griffin  train a small Griffin from scratch and let it write
 # make test        the tests; make test-all adds the slow ones
-# make test-portable  the tests as other processors would run them, one variant after another (an hour)
+# make test-portable  the tests as other processors would run them, one variant after another (40 minutes)
 # make lint        style and types
 # make docs        the site, into build/docs; make tree the tree of files in docs/design.md
 

@@ -228,8 +228,7 @@ def calibrate(
 
     Returns:
         the profile: `num_steps`, the default from now on; `valid_range`; `thresholds` and the `mean_steps` they take,
-        by
-        exit test and wanted agreement with the deepest step; and by number of steps `loss`, `kl_to_deepest`,
+        by exit test and wanted agreement with the deepest step; and by number of steps `loss`, `kl_to_deepest`,
         `agreement` and `exit_rates` at the tests' default thresholds.
 
     Raises:

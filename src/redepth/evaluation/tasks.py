@@ -24,8 +24,7 @@ class AskedBatch:
     Attributes:
         ids, attention_mask: `[B, T]`; the mask is None where nothing is padded.
         row, place, label, answer: `[N]`, for each token of an answer its row, the position whose logits foretell it,
-            what
-            it should be, and which of the batch's answers it belongs to.
+            what it should be, and which of the batch's answers it belongs to.
         problem, difficulty: `[A]`.
     """
 

@@ -40,8 +40,7 @@ class TaskTraining:
 
     Attributes:
         supervision: `every-step`, each step asks for its own intermediate result; `last`, the answer after the last
-            step;
-            `scratchpad`, intermediate results are written out as tokens.
+            step; `scratchpad`, intermediate results are written out as tokens.
         num_steps: r under `last` and `scratchpad`; 0 to draw it anew at each update (mean: the deepest answer's). Under
             `every-step` how many steps are asked for in the end; 0 for those of the deepest answer and `beyond` more.
         updates: of the optimiser.

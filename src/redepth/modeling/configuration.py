@@ -69,8 +69,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
         max_num_steps (`int`): a larger depth is refused as a mistake.
         depth_profile (`dict`, *optional*): what calibration measured: `num_steps`, the depth to use when none is given;
             `valid_range`, the smallest and the largest depth that work; `thresholds` of the exit tests by wanted
-            agreement;
-            and by number of steps, from 1, `loss`, `kl_to_deepest`, `agreement` and `exit_rates`.
+            agreement; and by number of steps, from 1, `loss`, `kl_to_deepest`, `agreement` and `exit_rates`.
     """
 
     model_type = "huginn_raven"

@@ -1,8 +1,7 @@
 """How many steps each token runs, and by which way of decoding: chosen and checked once for a call.
 
 A `DepthPolicy` is resolved from a model's configuration and a caller's keywords, which every door takes alike:
-`forward`,
-`generate`, the commands, a server. From then on it is only read.
+`forward`, `generate`, the commands, a server. From then on it is only read.
 """
 
 import math
