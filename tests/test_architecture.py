@@ -20,9 +20,11 @@ MODELING_MAY_IMPORT = {
     "contextlib",
     "dataclasses",
     "functools",
+    "importlib",
     "inspect",
     "math",
     "operator",
+    "pkgutil",
     "re",
     "typing",
 }

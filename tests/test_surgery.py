@@ -185,6 +185,7 @@ def test_output_folder_is_complete(zoo, tmp_path: Path) -> None:
         "configuration.py",
         "elementwise.py",
         "exits.py",
+        "extensions.py",
         "generation.py",
         "passes.py",
         "policy.py",

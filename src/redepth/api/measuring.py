@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from redepth.evaluation.tasks import TaskAccuracy
     from redepth.griffin import RecurrentGemmaForCausalLM
     from redepth.modeling import RecurrentDepthConfig, RecurrentDepthForCausalLM
+    from redepth.modeling.exits import ExitTest, Measure
     from redepth.surgery.verify import Verification
 
 
@@ -57,6 +58,7 @@ def calibrate(
     most_steps: int | None = None,
     rows: int = 16,
     sequence_length: int = 256,
+    criteria: Sequence[str] | None = None,
     dtype: str = "auto",
     device: "str | torch.device" = "auto",
     on_progress: OnProgress | None = None,
@@ -68,6 +70,7 @@ def calibrate(
         data: held-out text: python-docs, a .txt, .jsonl, .json or .parquet file, or a datasets id, with its `text_column`.
         most_steps: the deepest r; twice the trained depth by default, and 16 at the least.
         rows, sequence_length: how much text is read.
+        criteria: exit tests to calibrate beside redepth's own, by registered name or import path `package.module:name`.
         on_progress: called with (part, share done).
 
     Returns:
@@ -80,9 +83,11 @@ def calibrate(
     from redepth.checkpoint.load import load_tokenizer, local_checkpoint, read_config
     from redepth.data.rows import held_out_text
     from redepth.evaluation.calibrate import calibrate as measure
+    from redepth.evaluation.calibrate import calibrated_tests
     from redepth.runtime import choose_device
 
     choose_device(device)
+    calibrated_tests(criteria)
     if most_steps is not None and most_steps < 2:
         raise RedepthError(f"--most-steps must be at least 2, got {most_steps}; there is nothing to compare")
     if rows < 1 or sequence_length < 2:
@@ -96,7 +101,7 @@ def calibrate(
             f"--sequence-length {sequence_length} is more than the {config.block_size} this model allows"
         )
     tokens = held_out_text(load_tokenizer(checkpoint), data, text_column, sequence_length, rows)
-    return measure(checkpoint, tokens, data, most_steps, dtype, device, shares(on_progress, "calibrating"))
+    return measure(checkpoint, tokens, data, most_steps, criteria, dtype, device, shares(on_progress, "calibrating"))
 
 
 def evaluate(
@@ -104,7 +109,7 @@ def evaluate(
     tasks: Sequence[str] | None = None,
     *,
     num_steps: Sequence[int] = (1, 2, 4, 8, 16),
-    criterion: str | None = None,
+    criterion: "str | ExitTest | Measure | None" = None,
     exit_threshold: float | str = "auto",
     limit: int = 256,
     seed: int = 0,
@@ -117,7 +122,7 @@ def evaluate(
 
     Args:
         tasks: such as `task:iterate?depth=1-8`; the task that a small model was trained on by default.
-        criterion, exit_threshold: also run adaptive exit under this test.
+        criterion, exit_threshold: also run adaptive exit under this test, as `DepthPolicy.resolve` takes them.
         limit: problems of each split.
         seed: of the problems.
         out: folder for `tasks.json` and a heat map of each task.

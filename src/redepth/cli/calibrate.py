@@ -27,6 +27,12 @@ def command(
     ] = None,
     rows: Annotated[int, typer.Option(help="Rows of text to measure on.")] = 16,
     sequence_length: Annotated[int, typer.Option(help="Tokens in a row.")] = 256,
+    criteria: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--criterion", help="Another exit test to calibrate: package.module:name; repeat the flag for several."
+        ),
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: AsJson = False,
@@ -48,6 +54,7 @@ def command(
             most_steps=most_steps,
             rows=rows,
             sequence_length=sequence_length,
+            criteria=criteria,
             dtype=dtype,
             device=device,
             on_progress=update,

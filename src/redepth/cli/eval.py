@@ -35,7 +35,8 @@ def command(
     ] = None,
     num_steps: Annotated[str, typer.Option(help="Depths to measure at, separated by commas.")] = "1,2,4,8,16",
     criterion: Annotated[
-        str | None, typer.Option(help="Also run adaptive exit under this test, such as argmax-stability or kl.")
+        str | None,
+        typer.Option(help="Also run adaptive exit under this test: kl, argmax-stability, …, or package.module:name."),
     ] = None,
     exit_threshold: Annotated[str, typer.Option(help="Threshold of the exit test; auto for its default.")] = "auto",
     limit: Annotated[int, typer.Option(help="Number of problems from each split.")] = 256,

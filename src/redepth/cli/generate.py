@@ -34,7 +34,10 @@ def command(
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens with this mass.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.", **SEEDS)] = 0,
     criterion: Annotated[
-        str | None, typer.Option(help="Adaptive exit: kl, entropy-diff, latent-diff, cosine or argmax-stability.")
+        str | None,
+        typer.Option(
+            help="Adaptive exit: kl, entropy-diff, latent-diff, cosine, argmax-stability or package.module:name."
+        ),
     ] = None,
     exit_threshold: Annotated[
         str,

@@ -1,7 +1,7 @@
 """Choosing r: what each step of depth buys, measured once and kept in the checkpoint."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from redepth.checkpoint.folder import CONFIG_FILE, CheckpointFolder, read_json, 
 from redepth.checkpoint.load import load, local_checkpoint
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthForCausalLM
-from redepth.modeling.exits import EXIT_TESTS, ExitTest
+from redepth.modeling.exits import EXIT_TESTS, ExitTest, find_exit_test
 from redepth.modeling.tokens import check_numbers
 
 WANTED_AGREEMENTS = {"99%": 0.99, "95%": 0.95}
@@ -29,16 +29,30 @@ class Measurement:
     """What one pass over the text gives: sums over tokens by step, and each token's course over the steps. R steps, N tokens.
 
     Attributes:
+        tests: by name, those whose courses were followed.
         losses, divergences: `[R]`, summed over tokens, in nats; divergences are KL(p_R ‖ p_i).
         picks: for each row of text `[R, tokens]`, the likeliest token after each step.
         courses: by test, for each row of text `[R − 1, tokens]`, its measure at steps 2 … R.
     """
 
+    tests: dict[str, ExitTest]
     losses: torch.Tensor
     divergences: torch.Tensor
     predicted: int = 0
     picks: list[torch.Tensor] = field(default_factory=list)
-    courses: dict[str, list[torch.Tensor]] = field(default_factory=lambda: {name: [] for name in EXIT_TESTS})
+    courses: dict[str, list[torch.Tensor]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.courses = {name: [] for name in self.tests}
+
+
+def calibrated_tests(criteria: Sequence[str] | None = None) -> dict[str, ExitTest]:
+    """redepth's own exit tests and those of `criteria`, by the names under which their thresholds are stored.
+
+    Raises:
+        ValueError: as `find_exit_test`.
+    """
+    return EXIT_TESTS | {name: find_exit_test(name) for name in criteria or ()}
 
 
 @torch.no_grad()
@@ -47,6 +61,7 @@ def measure_depths(
     tokens: torch.Tensor,
     most_steps: int,
     on_row: Callable[[int, int], None] | None = None,
+    tests: dict[str, ExitTest] = EXIT_TESTS,
 ) -> Measurement:
     """Iterate the core to `most_steps` once, and run coda and head after every step.
 
@@ -58,12 +73,12 @@ def measure_depths(
         RedepthError: for a loss that is not finite.
         ValueError: where the model's logits are NaN.
     """
-    found = Measurement(*torch.zeros(2, most_steps, dtype=torch.float64))
+    found = Measurement(tests, *torch.zeros(2, most_steps, dtype=torch.float64))
     for row, ids in enumerate(tokens.to(model.device).split(1), 1):
         states = list(model.states_by_step(ids, most_steps))
         deepest = _logits_of(model, states[-1])
         picks: list[torch.Tensor] = []
-        courses: dict[str, list[torch.Tensor]] = {name: [] for name in EXIT_TESTS}
+        courses: dict[str, list[torch.Tensor]] = {name: [] for name in tests}
         old = None
         for step in range(1, most_steps + 1):
             logits = _logits_of(model, states[step]) if step < most_steps else deepest
@@ -77,10 +92,10 @@ def measure_depths(
             found.divergences[step - 1] += divergence
             picks.append(logits.argmax(-1).cpu())
             if old is not None:
-                for name, test in EXIT_TESTS.items():
+                for name, test in tests.items():
                     new_old = (logits, old) if test.of_logits else (states[step][0], states[step - 1][0])
                     parts = zip(*(tensor.split(TOKENS_AT_ONCE) for tensor in new_old), strict=True)
-                    courses[name].append(torch.cat([test.measure(a.float(), b.float()) for a, b in parts]).cpu())
+                    courses[name].append(torch.cat([test.compare(a.float(), b.float()) for a, b in parts]).cpu())
             old = logits
         found.picks.append(torch.stack(picks))
         for name, course in courses.items():
@@ -138,7 +153,7 @@ def _candidates(test: ExitTest, course: torch.Tensor) -> list[float]:
     """Thresholds from the strictest to the loosest."""
     if test.streak is None:
         return [float(count) for count in range(len(course), 0, -1)]
-    values = course[course > 0]
+    values = course[(course > 0) & course.isfinite()]
     if not len(values):
         return []
     low, high = float(values.min().log10()), float(values.max().log10())
@@ -186,7 +201,7 @@ def depth_profile(found: Measurement, data: str) -> dict[str, Any]:
     thresholds: dict[str, dict[str, float | None]] = {}
     mean_steps: dict[str, dict[str, float | None]] = {}
     rates = {}
-    for name, test in EXIT_TESTS.items():
+    for name, test in found.tests.items():
         course = torch.cat(found.courses[name], dim=1)
         chosen = {label: loosest_threshold(test, course, picks, wanted) for label, wanted in WANTED_AGREEMENTS.items()}
         thresholds[name] = {label: threshold for label, (threshold, _) in chosen.items()}
@@ -214,6 +229,7 @@ def calibrate(
     tokens: torch.Tensor,
     data: str,
     most_steps: int | None = None,
+    criteria: Sequence[str] | None = None,
     dtype: str = "auto",
     device: str | torch.device = "cpu",
     on_row: Callable[[int, int], None] | None = None,
@@ -225,6 +241,7 @@ def calibrate(
         tokens: held-out text, `[rows, tokens]`.
         data: what the text is, for the record.
         most_steps: the deepest r; by default twice the trained depth, at least 16.
+        criteria: exit tests beside redepth's own, by registered name or import path.
 
     Returns:
         the profile: `num_steps`, the default from now on; `valid_range`; `thresholds` and the `mean_steps` they take,
@@ -234,6 +251,7 @@ def calibrate(
     Raises:
         RedepthError: for a checkpoint that is not a local folder, most_steps below 2, or losses that are not finite.
     """
+    tests = calibrated_tests(criteria)
     folder = local_checkpoint(checkpoint)
     model: Any = load(checkpoint, dtype, device)
     if not isinstance(model, RecurrentDepthForCausalLM):
@@ -241,7 +259,7 @@ def calibrate(
     steps = most_steps if most_steps is not None else max(2 * model.config.mean_recurrence, 16)
     if steps < 2:
         raise RedepthError(f"most_steps must be at least 2, got {steps}; there is nothing to compare")
-    profile = depth_profile(measure_depths(model, tokens, steps, on_row), data)
+    profile = depth_profile(measure_depths(model, tokens, steps, on_row, tests), data)
     with CheckpointFolder(folder).updating() as stage:
         write_json(stage / CONFIG_FILE, (read_json(folder / CONFIG_FILE) or {}) | {"depth_profile": profile})
         write_card(stage, base=folder)

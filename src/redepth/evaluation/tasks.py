@@ -9,9 +9,10 @@ import torch
 
 from redepth.checkpoint.folder import read_recipe
 from redepth.checkpoint.load import load, load_tokenizer
-from redepth.data.tasks import IGNORED, ArrayTask, Split, Task, TextEncoder, open_task
+from redepth.data.tasks import IGNORED, ArrayTask, Split, Task, TextEncoder, is_import_path, open_task
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthForCausalLM
+from redepth.modeling.exits import ExitTest, Measure, find_exit_test
 
 DEPTHS = (1, 2, 4, 8, 16)
 MOST_LOGITS = 2**26  # entries in memory at once
@@ -110,7 +111,7 @@ def task_accuracy(
     batches: Sequence[AskedBatch],
     trained_most: int,
     num_steps: Sequence[int] = DEPTHS,
-    criterion: str | None = None,
+    criterion: str | ExitTest | Measure | None = None,
     exit_threshold: float | str = "auto",
     on_batch: Callable[[int, int], None] | None = None,
 ) -> TaskAccuracy:
@@ -157,7 +158,7 @@ def task_accuracy(
     if criterion is not None:
         kept, steps = torch.cat(exit_right).double(), torch.cat(exit_steps)
         exits = ExitAccuracy(
-            criterion,
+            find_exit_test(criterion).name,
             exit_threshold,
             depths[-1],
             accuracy=[kept[chosen].mean().item() for chosen in of_level],
@@ -277,7 +278,7 @@ def evaluate_task(
     checkpoint: str | Path,
     spec: str | None = None,
     num_steps: Sequence[int] = DEPTHS,
-    criterion: str | None = None,
+    criterion: str | ExitTest | Measure | None = None,
     exit_threshold: float | str = "auto",
     limit: int = 256,
     seed: int = 0,
@@ -292,16 +293,24 @@ def evaluate_task(
         limit: problems of each split.
 
     Raises:
-        RedepthError: for a checkpoint that records no task where none is given, an unknown task, a task whose words are
-            not the small model's, or a number of steps below 1.
+        RedepthError: for a checkpoint that records no task where none is given, or records one by an import path that is
+            not given, an unknown task, a task whose words are not the small model's, or a number of steps below 1.
     """
     if not num_steps or min(num_steps) < 1:
         raise RedepthError(f"num_steps must be at least 1, got {min(num_steps, default='none')}")
     if limit < 1:
         raise RedepthError(f"limit must be at least 1, got {limit}")
+    if criterion is not None:
+        find_exit_test(criterion)  # its mistakes are told before any compute
     own = recorded_task(checkpoint)
     if spec is None and own is None:
         raise RedepthError(f"checkpoint {str(checkpoint)!r} records no task; name one with --tasks")
+    if own is not None and is_import_path(own) and (spec or "").partition("?")[0] != own.partition("?")[0]:
+        # What a checkpoint says must not decide what code runs.
+        raise RedepthError(
+            f"checkpoint {str(checkpoint)!r} records a task by import path, {own!r}; if you trust that code, name it with "
+            "--tasks"
+        )
     task = open_task(spec or str(own))
     model: Any = load(checkpoint, dtype, device)
     if not isinstance(model, RecurrentDepthForCausalLM):
@@ -309,8 +318,7 @@ def evaluate_task(
     trained_most = task.depth[1] if isinstance(task, ArrayTask) else 0
     if own is not None:
         own_task = open_task(own)
-        assert isinstance(own_task, ArrayTask)
-        if not isinstance(task, ArrayTask) or task.words != own_task.words:
+        if not isinstance(own_task, ArrayTask) or not isinstance(task, ArrayTask) or task.words != own_task.words:
             raise RedepthError(
                 f"checkpoint {str(checkpoint)!r} knows the words of {own!r} alone, not those of {spec!r}"
             )

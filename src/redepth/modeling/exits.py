@@ -6,12 +6,17 @@ V vocabulary.
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from inspect import signature
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from .errors import UserError
+from .extensions import is_import_path, load_extension, registered_names
+
+EXIT_TEST_GROUP = "redepth.exit_tests"  # of entry points
 
 # (new, old) → what is compared with the threshold, `[N]`; states are [N, D], logits [N, V] in fp32.
 Measure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -32,6 +37,20 @@ class ExitTest:
     threshold: float
     measure: Measure
     streak: int | None = 1
+
+    def compare(self, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+        """The measure of N tokens, `[N]`, from their states `[N, D]` or logits `[N, V]` after this step and the one before.
+
+        Raises:
+            ValueError: where the measure gives anything else.
+        """
+        measured: Any = self.measure(new, old)
+        if not isinstance(measured, torch.Tensor) or measured.shape != new.shape[:1]:
+            got = list(measured.shape) if isinstance(measured, torch.Tensor) else type(measured).__name__
+            raise UserError(
+                f"exit test {self.name!r} gave {got} for {len(new)} tokens; return one number for each, a tensor of shape [N]"
+            )
+        return measured
 
 
 def kl(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
@@ -78,20 +97,52 @@ EXIT_TESTS = {
 
 
 def find_exit_test(criterion: str | ExitTest | Measure) -> ExitTest:
-    """The test of that name; a callable (new states, old states) → `[N]` becomes one with threshold 0.03.
+    """The test that a caller names or gives; a callable (new states, old states) → `[N]` becomes one with threshold 0.03.
+
+    Args:
+        criterion: one of `EXIT_TESTS`, a name that an installed package registers under `redepth.exit_tests`, or an
+            import path `package.module:name`. Importing runs code, so a path must be the caller's own words.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, and for a path that can't be imported or leads to no test.
     """
-    if isinstance(criterion, ExitTest):
-        return criterion
-    if callable(criterion):
-        return ExitTest(getattr(criterion, "__name__", "callable"), False, 0.03, criterion)
-    if criterion not in EXIT_TESTS:
-        near = difflib.get_close_matches(str(criterion), EXIT_TESTS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(EXIT_TESTS)}"
-        raise UserError(f"unknown exit criterion {criterion!r}; {hint}")
-    return EXIT_TESTS[criterion]
+    if not isinstance(criterion, str):
+        return _as_exit_test(criterion, getattr(criterion, "__name__", "callable"))
+    if criterion in EXIT_TESTS:
+        return EXIT_TESTS[criterion]
+    if not is_import_path(criterion):
+        known = [*EXIT_TESTS, *registered_names(EXIT_TEST_GROUP)]
+        if criterion not in known:
+            near = difflib.get_close_matches(criterion, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(known)} or package.module:name"
+            raise UserError(f"unknown exit criterion {criterion!r}; {hint}")
+    test = _as_exit_test(load_extension(criterion, EXIT_TEST_GROUP), criterion)
+    # By the name that was asked for, since thresholds are stored and looked up by it.
+    return replace(test, name=criterion)
+
+
+def _as_exit_test(given: Any, name: str) -> ExitTest:
+    """A test or a callable as a test.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(given, ExitTest):
+        return given
+    if all(hasattr(given, field.name) for field in fields(ExitTest)):
+        # The code in a checkpoint has a class of its own, which an extension knows nothing of.
+        return ExitTest(**{field.name: getattr(given, field.name) for field in fields(ExitTest)})
+    if not callable(given):
+        raise UserError(f"exit criterion {name!r} is of type {type(given).__name__}; give a function or an ExitTest")
+    try:
+        signature(given).bind(None, None)
+    except TypeError:
+        raise UserError(
+            f"exit criterion {name!r} can't be called with (new, old), the states [N, D] of N tokens"
+        ) from None
+    except ValueError:
+        pass  # built-in functions need not tell their arguments
+    return ExitTest(name, False, 0.03, given)
 
 
 class ExitTracker:
@@ -128,7 +179,7 @@ class ExitTracker:
             self._old = new
             self._streak = torch.zeros(len(new), device=new.device)
             return torch.zeros(len(new), dtype=torch.bool, device=new.device)
-        passed = self.test.measure(new, self._old[tokens]) < self.threshold
+        passed = self.test.compare(new, self._old[tokens]) < self.threshold
         streak = torch.where(passed, self._streak[tokens] + 1, 0.0)
         self._old[tokens] = new
         self._streak[tokens] = streak

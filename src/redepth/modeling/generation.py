@@ -11,6 +11,7 @@ from .cache import RecurrentDepthCache
 from .configuration import RecurrentDepthConfig
 from .errors import UserError
 from .exits import ExitTest, Measure
+from .extensions import is_import_path
 from .policy import POLICY_KEYWORDS, DepthPolicy, take_policy_keywords
 from .speculation import speculative_decoding
 from .tokens import check_ids, check_numbers
@@ -95,7 +96,15 @@ class RecurrentDepthGeneration(GenerationMixin):
         cache = kwargs.get("past_key_values")
         if policy is None:
             held_rule = cache.rule if isinstance(cache, RecurrentDepthCache) else None
-            keywords = self._settings_of(generation_config) | keywords
+            settings = self._settings_of(generation_config)
+            named = (settings | keywords).get("criterion")
+            # A generation config comes with a checkpoint, which must not decide what code runs.
+            if "criterion" not in keywords and isinstance(named, str) and is_import_path(named):
+                raise UserError(
+                    f"the generation config names exit test {named!r} by import path; if you trust that code, pass "
+                    f"criterion={named!r} yourself"
+                )
+            keywords = settings | keywords
             policy = DepthPolicy.resolve(self.config, held_rule=held_rule, **keywords)
         elif keywords:
             raise UserError(f"give either a policy or {min(keywords)}, and not both")

@@ -15,7 +15,7 @@ intermediate result after i steps, and the answer from the last step on: a fixed
 from .arrays import ArrayTask, Problems
 from .encode import IGNORED, EncodedTexts, TextEncoder
 from .protocol import SPLITS, Answer, ScratchpadBatch, Split, Task, TaskBatch, TaskText
-from .specs import TASKS, is_task, open_task
+from .specs import TASKS, is_import_path, is_task, open_task
 
 __all__ = [
     "IGNORED",
@@ -31,6 +31,7 @@ __all__ = [
     "TaskBatch",
     "TaskText",
     "TextEncoder",
+    "is_import_path",
     "is_task",
     "open_task",
 ]

@@ -2,11 +2,13 @@
 
 import dataclasses
 import difflib
-import importlib
 from typing import Any
 
 from redepth.data.source import TASK_PREFIX, is_task
-from redepth.errors import RedepthError, first_line
+from redepth.errors import RedepthError
+from redepth.modeling.errors import UserError
+from redepth.modeling.extensions import is_import_path as is_path
+from redepth.modeling.extensions import load_extension, registered_names
 
 from .addition import Addition
 from .circuits import Circuits
@@ -17,14 +19,20 @@ from .roots import Roots
 from .variables import Variables
 
 TASKS: dict[str, type[Task]] = {task.name(): task for task in (Iterate, Roots, Circuits, Addition, Variables)}
+TASK_GROUP = "redepth.tasks"  # of entry points
+
+
+def is_import_path(spec: str) -> bool:
+    """Whether a spec names its task by import path, which runs code."""
+    return is_path(spec.removeprefix(TASK_PREFIX).partition("?")[0])
 
 
 def open_task(spec: str) -> Task:
     """The task that a spec names.
 
     Args:
-        spec: `task:roots?depth=0-6&nodes=16`; the name is one of `TASKS`, `reasoning-gym/NAME`, or an import path
-            `package.module:Class`. An option is a field of the task's dataclass; a range is written `1-8`.
+        spec: `task:roots?depth=0-6&nodes=16`; the name is one of `TASKS`, `reasoning-gym/NAME`, a name that an installed
+            package registers under `redepth.tasks`, or an import path `package.module:Class`. An option is a field of the task's dataclass; a range is written `1-8`.
 
     Raises:
         RedepthError: for an unknown task or option, or a value that does not fit.
@@ -53,18 +61,16 @@ def open_task(spec: str) -> Task:
 def _task_class(name: str, spec: str) -> type[Task]:
     if name in TASKS:
         return TASKS[name]
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        names = [*TASKS, f"{ReasoningGym.short_name}/NAME", "package.module:Class"]
+    registered = registered_names(TASK_GROUP)
+    if not is_path(name) and name not in registered:
+        names = [*TASKS, *registered, f"{ReasoningGym.short_name}/NAME", "package.module:Class"]
         raise RedepthError(f"task {name!r} is unknown; {_did_you_mean(name, names)}")
     try:
-        found: Any = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise RedepthError(f"{spec!r} can't be imported: {first_line(error)}") from None
+        found = load_extension(name, TASK_GROUP)
+    except UserError as error:
+        raise RedepthError(f"task {error}") from error
     if not (isinstance(found, type) and issubclass(found, Task) and dataclasses.is_dataclass(found)):
-        raise RedepthError(
-            f"{spec!r} is no task; make {attribute} a dataclass that derives from redepth.data.tasks.Task"
-        )
+        raise RedepthError(f"{spec!r} is no task; make it a dataclass that derives from redepth.data.tasks.Task")
     return found
 
 
