@@ -2,6 +2,7 @@
 # make demo-griffin  train a small Griffin from scratch and let it write
 # make test        the tests; make test-all adds the slow ones
 # make test-portable  the tests as other processors would run them, one variant after another (40 minutes)
+# make test-peer TRANSFORMERS=DIR  transformers' own model tests, from a git checkout in DIR
 # make lint        style and types
 # make docs        the site, into build/docs; make tree the tree of files in docs/design.md
 
@@ -13,7 +14,7 @@ STAMP := $(VENV)/.installed
 # Every install is held to constraints.txt, so that all machines run the same versions.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo demo-griffin test test-all test-portable lint docs tree clean
+.PHONY: demo demo-griffin test test-all test-portable test-peer lint docs tree clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (a few minutes the first time)"
@@ -39,6 +40,15 @@ test-all: $(STAMP)
 
 test-portable: $(STAMP)
 	@PYTHON=$(BIN)/python tests/portable.sh $(VARIANTS)
+
+# Their own options: ours ask for known marks, and the suite brings others.
+test-peer: $(VENV)/.peer-installed
+	@TRANSFORMERS="$(TRANSFORMERS)" $(BIN)/python -m pytest -o addopts= -q -W ignore -rfx -p tests.peer.checkout \
+		tests/peer/common_suite.py
+
+$(VENV)/.peer-installed: $(STAMP)
+	@$(PIP) parameterized
+	@touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -178,6 +178,13 @@ def test_a_classifier_of_sequences(model, tmp_path: Path) -> None:
         torch.testing.assert_close(output.logits, classifier.score(last), atol=2e-5, rtol=1e-4)
 
 
+def test_a_classifier_of_sequences_by_its_own_class(model, tmp_path: Path) -> None:
+    """transformers takes the number of labels at loading, as it does any field of the config."""
+    model.save_pretrained(tmp_path)
+    classifier = redepth.RecurrentDepthForSequenceClassification.from_pretrained(tmp_path, num_labels=5)
+    assert classifier.config.num_labels == classifier.score.out_features == 5
+
+
 def test_attention_maps_are_refused_alike(model) -> None:
     told = copy.deepcopy(model)
     told.config._attn_implementation = "eager"

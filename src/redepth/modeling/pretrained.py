@@ -49,7 +49,8 @@ class RecurrentDepthPreTrainedModel(PreTrainedModel):
         where = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
         if not isinstance(config, PreTrainedConfig):
             config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **where)
-            for key in set(kwargs) & set(config.to_dict()) - {"dtype"}:
+            # num_labels is a property, and not in the dictionary.
+            for key in set(kwargs) & (set(config.to_dict()) | {"num_labels"}) - {"dtype"}:
                 setattr(config, key, kwargs.pop(key))
             config.validate_architecture()
         kind = None
