@@ -107,6 +107,8 @@ def find_exit_test(criterion: str | ExitTest | Measure) -> ExitTest:
         ValueError: for an unknown name, and for a path that can't be imported or leads to no test.
     """
     if not isinstance(criterion, str):
+        if not callable(criterion) and not all(hasattr(criterion, field.name) for field in fields(ExitTest)):
+            raise UserError(f"unknown exit criterion {criterion!r}; give a name, a function or an ExitTest")
         return _as_exit_test(criterion, getattr(criterion, "__name__", "callable"))
     if criterion in EXIT_TESTS:
         return EXIT_TESTS[criterion]
