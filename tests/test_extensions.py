@@ -150,7 +150,7 @@ def test_own_names_keep_their_meaning() -> None:
         ("twice", "by strangers:largest_change and by strangers:one_number"),
         ("largets", "did you mean 'largest'"),
         ("magic", "twice or package.module:name"),
-        (3, "'callable' is of type int"),
+        (3, "unknown exit criterion 3 is of type int"),
     ],
 )
 def test_mistakes_are_one_line(model, criterion, said: str) -> None:

@@ -107,9 +107,8 @@ def find_exit_test(criterion: str | ExitTest | Measure) -> ExitTest:
         ValueError: for an unknown name, and for a path that can't be imported or leads to no test.
     """
     if not isinstance(criterion, str):
-        if not callable(criterion) and not all(hasattr(criterion, field.name) for field in fields(ExitTest)):
-            raise UserError(f"unknown exit criterion {criterion!r}; give a name, a function or an ExitTest")
-        return _as_exit_test(criterion, getattr(criterion, "__name__", "callable"))
+        said = f"unknown exit criterion {criterion!r}"
+        return _as_exit_test(criterion, getattr(criterion, "__name__", "callable"), said)
     if criterion in EXIT_TESTS:
         return EXIT_TESTS[criterion]
     if not is_import_path(criterion):
@@ -118,13 +117,16 @@ def find_exit_test(criterion: str | ExitTest | Measure) -> ExitTest:
             near = difflib.get_close_matches(criterion, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(known)} or package.module:name"
             raise UserError(f"unknown exit criterion {criterion!r}; {hint}")
-    test = _as_exit_test(load_extension(criterion, EXIT_TEST_GROUP), criterion)
+    test = _as_exit_test(load_extension(criterion, EXIT_TEST_GROUP), criterion, f"exit criterion {criterion!r}")
     # By the name that was asked for, since thresholds are stored and looked up by it.
     return replace(test, name=criterion)
 
 
-def _as_exit_test(given: Any, name: str) -> ExitTest:
+def _as_exit_test(given: Any, name: str, said: str) -> ExitTest:
     """A test or a callable as a test.
+
+    Args:
+        said: how the message names what is neither.
 
     Raises:
         ValueError: for anything else.
@@ -135,7 +137,7 @@ def _as_exit_test(given: Any, name: str) -> ExitTest:
         # The code in a checkpoint has a class of its own, which an extension knows nothing of.
         return ExitTest(**{field.name: getattr(given, field.name) for field in fields(ExitTest)})
     if not callable(given):
-        raise UserError(f"exit criterion {name!r} is of type {type(given).__name__}; give a function or an ExitTest")
+        raise UserError(f"{said} is of type {type(given).__name__}; give a function or an ExitTest")
     try:
         signature(given).bind(None, None)
     except TypeError:
