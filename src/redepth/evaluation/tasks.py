@@ -93,16 +93,6 @@ class TaskAccuracy:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def mean_accuracy(self, num_steps: int, least: int, most: int) -> float:
-        """The mean over the difficulties from `least` to `most`, each counting alike."""
-        column = self.num_steps.index(num_steps)
-        chosen = [
-            row[column]
-            for row, difficulty in zip(self.accuracy, self.difficulties, strict=True)
-            if least <= difficulty <= most
-        ]
-        return sum(chosen) / len(chosen)
-
 
 @torch.no_grad()
 def task_accuracy(
