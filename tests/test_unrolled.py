@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import ContinuousBatchingConfig
+from transformers import AutoModel, AutoModelForCausalLM, ContinuousBatchingConfig
 
 from redepth import RecurrentDepthForCausalLM
 from redepth.surgery.convert import plan_conversion
@@ -69,6 +69,11 @@ def test_saved_and_loaded(zoo, tmp_path) -> None:
     model, ids = make(zoo, "llama"), random_ids(1, 6)
     unrolled = model.unrolled(num_steps=2)
     unrolled.save_pretrained(tmp_path)
-    again = type(unrolled).from_pretrained(tmp_path)
-    with torch.no_grad():
-        assert torch.equal(again(ids).logits, unrolled(ids).logits)
+    for auto_class in (AutoModelForCausalLM, AutoModel):
+        again = auto_class.from_pretrained(tmp_path, trust_remote_code=True)
+        # The code that came with the folder.
+        assert type(again).__module__.startswith("transformers_modules")
+        with torch.no_grad():
+            hidden = again(ids)[0]
+            logits = hidden if auto_class is AutoModelForCausalLM else unrolled.lm_head(hidden)
+            assert torch.equal(logits, unrolled(ids).logits)
