@@ -199,7 +199,7 @@ def beside_deep_ones(model: Any, ids: list[int], options: argparse.Namespace) ->
     """What shallow streams see alone, and with deep ones beside them."""
     half = max(options.streams) // 2
     # More of the shallow ones than of the deep, so that these are there all the time.
-    shallow = requests(ids, half, 4 * options.each, [{"num_steps": r} for r in SHALLOW])
+    shallow = requests(ids, half, 2 * options.each, [{"num_steps": r} for r in SHALLOW])
     deep = requests(ids, half, 1, [{"num_steps": r} for r in DEEP])
     lines = []
     for name, streams in (("alone", shallow), ("beside deep ones", shallow + deep)):
