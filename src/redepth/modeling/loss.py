@@ -108,7 +108,5 @@ def chunked_cross_entropy(
         total = hidden.new_zeros((), dtype=torch.float32)
         for first in range(0, len(states), size):
             chunk = states[first : first + size]
-            total = total + (
-                checkpoint(summed, chunk, first, use_reentrant=False) if sharded else summed(chunk, first)  # type: ignore[no-untyped-call]
-            )
+            total = total + (checkpoint(summed, chunk, first, use_reentrant=False) if sharded else summed(chunk, first))
     return total / (num_items if num_items is not None else len(targets))
