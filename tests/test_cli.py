@@ -49,7 +49,7 @@ def redepth_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     return run
 
 
-COMMANDS = ("plan", "convert", "verify", "inspect", "heal", "calibrate", "retrofit", "generate", "chat", "new")
+COMMANDS = ("plan", "convert", "verify", "inspect", "heal", "calibrate", "retrofit", "generate", "chat", "serve", "new")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -9,13 +9,18 @@ from redepth.surgery.presets import PRESETS
 
 from .making import Converted, Created, convert, create, plan
 from .measuring import analyze, calibrate, evaluate, inspect, load, load_tokenizer, read_config, verify
+from .serving import DRAIN_SECONDS, LOOPBACK, MAX_ROWS, MAX_TOKENS, serve
 from .training import heal, plan_healing, retrofit
 
 __all__ = [
     "DEFAULT_ADAPTER",
     "DEFAULT_SHARD_SIZE",
     "DEFAULT_STATE",
+    "DRAIN_SECONDS",
     "GROUPS",
+    "LOOPBACK",
+    "MAX_ROWS",
+    "MAX_TOKENS",
     "PRESETS",
     "Converted",
     "Created",
@@ -32,5 +37,6 @@ __all__ = [
     "plan_healing",
     "read_config",
     "retrofit",
+    "serve",
     "verify",
 ]
