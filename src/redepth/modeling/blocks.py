@@ -101,6 +101,8 @@ class Attention(nn.Module):
         if self.has_rope:
             cos, sin = context.rotations[self.layer_type]
             query, key = self.rotate(query, cos, sin), self.rotate(key, cos, sin)
+        if context.attend is not None:
+            return self.proj(context.attend(self, query, key, value).flatten(2))
         if context.cache is not None:
             key, value = context.cache.update(key, value, self.layer_idx, step, context.subset)
         mask = context.masks[self.layer_type]
