@@ -149,8 +149,9 @@ class Served:
 
 
 def _named_in(error: Exception, keywords: dict[str, Any]) -> str | None:
-    """The keyword that a message is about, by its first mention."""
+    """The keyword that a message is about: the first that it mentions."""
     text = str(error)
-    places = {name: text.find(name) for name in keywords}
-    found = [name for name in sorted(places, key=lambda name: places[name]) if places[name] >= 0]
-    return found[0] if found else ("criterion" if "exit criterion" in text else None)
+    places = {name: text.find(name) for name in keywords if name in text}
+    if places:
+        return min(places, key=lambda name: places[name])
+    return "exit_threshold" if "threshold" in text else None
