@@ -14,7 +14,7 @@ from redepth.serving.engine import Engine
 from redepth.serving.limits import Limits
 from redepth.serving.runner import Runner
 from redepth.serving.served import Served
-from redepth.serving.server import address, listen
+from redepth.serving.sockets import address, listen
 from redepth.surgery.convert import plan_conversion
 from tests.test_healing import byte_tokenizer
 

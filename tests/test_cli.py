@@ -49,7 +49,20 @@ def redepth_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     return run
 
 
-COMMANDS = ("plan", "convert", "verify", "inspect", "heal", "calibrate", "retrofit", "generate", "chat", "serve", "new")
+COMMANDS = (
+    "plan",
+    "convert",
+    "verify",
+    "inspect",
+    "heal",
+    "calibrate",
+    "retrofit",
+    "generate",
+    "chat",
+    "play",
+    "serve",
+    "new",
+)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

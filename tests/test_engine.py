@@ -13,7 +13,6 @@ from redepth import RecurrentDepthForCausalLM, load
 from redepth.modeling import DepthPolicy
 from redepth.serving.engine import Engine, Update
 from redepth.serving.request import Request, Sampling
-from redepth.serving.stops import TextStream
 from redepth.surgery.convert import plan_conversion
 from tests.zoo import random_ids
 

@@ -18,7 +18,7 @@ from redepth.serving.engine import Engine
 from redepth.serving.limits import Limits
 from redepth.serving.request import Sampling
 from redepth.serving.served import Served
-from redepth.serving.server import listen
+from redepth.serving.sockets import listen
 from tests.served import make_served, running, tiny_model, wait_until
 from tests.test_healing import byte_tokenizer
 

@@ -49,8 +49,8 @@ def serve(
         require(package, "serve")
     from redepth.serving.limits import Limits
     from redepth.serving.served import Served
-    from redepth.serving.server import address, listen
     from redepth.serving.server import serve as run
+    from redepth.serving.sockets import address, listen
 
     allowed = Limits(**limits or {})
     taken = listen(host, port)
@@ -74,3 +74,56 @@ def serve(
         )
     finally:
         taken.close()
+
+
+def play(
+    checkpoint: str | Path,
+    other: str | Path | None = None,
+    *,
+    host: str = LOOPBACK,
+    port: int = 7860,
+    max_rows: int = MAX_ROWS,
+    max_tokens: int = MAX_TOKENS,
+    limits: dict[str, Any] | None = None,
+    dtype: str = "auto",
+    device: "str | torch.device" = "auto",
+    on_start: Callable[[str], Any] | None = None,
+) -> None:
+    """A page on which to try a checkpoint at any depth, or two side by side, until Ctrl-C.
+
+    Args:
+        checkpoint, other: folders or hub ids, with tokenizers.
+        host, port: where to listen; port 0 takes a free one.
+        max_rows, max_tokens: of each model's engine; see `Engine`.
+        limits: what is accepted, by the names of `Limits`.
+        on_start: called with the address when the page can be opened.
+
+    Raises:
+        RedepthError: for a checkpoint, address or number that does not fit, and where the extra `play` is not installed.
+    """
+    from redepth.runtime import choose_device, require
+
+    require("gradio", "play")
+    from redepth.play.page import free_port, launch
+    from redepth.serving.limits import Limits
+    from redepth.serving.served import Served
+
+    allowed = Limits(**limits or {})
+    chosen = free_port(host, port)
+    models: list[Served] = []
+    for number, each in enumerate([checkpoint] if other is None else [checkpoint, other]):
+        name = Path(str(each).rstrip("/")).name
+        # Two of one name are told apart by their places.
+        called = name if name not in [served.name for served in models] else f"{name} ({number + 1})"
+        models.append(
+            Served.load(
+                each,
+                allowed,
+                name=called,
+                max_rows=max_rows,
+                max_tokens=max_tokens,
+                dtype=dtype,
+                device=choose_device(device),
+            )
+        )
+    launch(models, host, chosen, on_start=on_start)

@@ -21,6 +21,7 @@ from redepth.cli import (
     inspect,
     new,
     plan,
+    play,
     retrofit,
     serve,
     verify,
@@ -38,7 +39,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for module in (plan, convert, verify, inspect, heal, calibrate, eval, analyze, retrofit, generate, chat, serve, new):
+for module in (
+    plan,
+    convert,
+    verify,
+    inspect,
+    heal,
+    calibrate,
+    eval,
+    analyze,
+    retrofit,
+    generate,
+    chat,
+    play,
+    serve,
+    new,
+):
     app.command(module.__name__.rpartition(".")[2])(module.command)
 
 

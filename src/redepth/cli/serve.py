@@ -53,7 +53,7 @@ def command(
 
     def say(called: str, where: str) -> None:
         if not quiet:
-            remarks.print(f"{called} at {where}/v1, metrics at {where}/metrics; Ctrl-C ends it", highlight=False)
+            remarks.print(f"{called} at {where}/v1, metrics at {where}/metrics; Ctrl-C ends it", soft_wrap=True)
 
     limits: dict[str, Any] = {limit: value for limit, value in given.items() if value is not None}
     api.serve(
