@@ -77,6 +77,10 @@ class Engine:
         self._waiting: deque[Request] = deque()
         self._cancelled: deque[Request] = deque()
         self._rows: list[Row] = []
+        outer = [*self.stack.prelude, *self.stack.coda, model.lm_head]
+        core = [self.stack.adapter, *self.stack.core_block]
+        # In ticks, see `_should_leave`.
+        self.patience = parameters_of(outer) // (2 * parameters_of(core))
         self.ticks = 0
         self.steps_done = 0
         self.tokens_done = 0
@@ -259,10 +263,24 @@ class Engine:
         for row, states in tested:
             self._guarded(row, updates, row.test, next(read) if row.tracker.test.of_logits else states)
 
+    def _should_leave(self, ready: list[Row]) -> bool:
+        """Whether to run coda and head now, and not to wait for more rows to share them.
+
+        They cost the same for one row as for a few, so with every tick that a row waits others may join it. It waits at
+        most for the time that half of a pass through them and the prelude would take, or a quarter of its own steps.
+        """
+        if len(ready) == len(self._rows):
+            return True
+        for row in ready:
+            if row.waited >= max(self.patience, row.step // 4):
+                return True
+            row.waited += 1
+        return False
+
     def _leave(self, updates: list[Update]) -> None:
         """Coda and head for the rows that are done, and the choice of their next tokens."""
         leaving = [row for row in self._rows if row.is_ready]
-        if not leaving:
+        if not self._should_leave(leaving):
             return
         leaving.sort(key=lambda row: row.count > 1)
         parts = [row.whole(self.planes.prelude) for row in leaving]
@@ -298,3 +316,8 @@ def end_tokens(model: Any) -> tuple[int, ...]:
     if given is None:
         given = model.config.eos_token_id
     return () if given is None else tuple(given) if isinstance(given, list) else (given,)
+
+
+def parameters_of(modules: Iterable[Any]) -> int:
+    """How many parameters some modules have."""
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
