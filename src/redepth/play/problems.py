@@ -9,6 +9,7 @@ from redepth.errors import RedepthError
 from redepth.evaluation.tasks import recorded_task
 
 HARDEST = 12
+DRAWN = 16  # problems to choose from; not every one is as difficult as asked for
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def task_names(own: ArrayTask | None) -> list[str]:
 
 
 def make_example(name: str, difficulty: int, own: ArrayTask | None = None, seed: int | None = None) -> Example:
-    """A problem that training never met, of this difficulty.
+    """A problem that training never met, of this difficulty, or near it where the task has hardly any.
 
     Args:
         name: of `task_names(own)`.
@@ -53,16 +54,22 @@ def make_example(name: str, difficulty: int, own: ArrayTask | None = None, seed:
     depth = (difficulty, difficulty)
     if own is not None:
         task = replace(own, questions=1)
-        batch = task.batch("held-out", 1, drawn, depth=depth)
-        place = int(batch.places[0, 0])
-        prompt = " ".join(task.words[number] for number in batch.ids[0, : place + 1].tolist())
-        return Example(prompt, task.words[int(batch.labels[0, 0])], int(batch.difficulty[0, 0]), 1)
+        batch = task.batch("held-out", DRAWN, drawn, depth=depth)
+        row = nearest(batch.difficulty[:, 0].tolist(), difficulty)
+        prompt = " ".join(task.words[number] for number in batch.ids[row, : int(batch.places[row, 0]) + 1].tolist())
+        return Example(prompt, task.words[int(batch.labels[row, 0])], int(batch.difficulty[row, 0]), 1)
     if name not in TASKS:
         raise RedepthError(f"task {name!r} is unknown; use {', '.join(TASKS)}")
     chosen: Any = TASKS[name]
-    [text] = chosen(depth=depth).texts("held-out", 1, drawn)
+    texts = chosen(depth=depth).texts("held-out", DRAWN, drawn)
+    text = texts[nearest([each.answers[0].difficulty for each in texts], difficulty)]
     answer = text.answers[0]
     return Example(text.text[: answer.start], answer.right.strip(), answer.difficulty, 8)
+
+
+def nearest(difficulties: list[int], wanted: int) -> int:
+    """The first that is as difficult as wanted, or nearest to it."""
+    return min(range(len(difficulties)), key=lambda number: abs(difficulties[number] - wanted))
 
 
 def is_right(said: str, right: str) -> bool:

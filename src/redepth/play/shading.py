@@ -26,7 +26,7 @@ class Unit:
 
 def shade_of(steps: int, most: int) -> int:
     """Which of SHADES stands for so many steps where `most` is the deepest."""
-    return min((steps - 1) * len(SHADES) // max(most, 1), len(SHADES) - 1)
+    return min((steps - 1) * (len(SHADES) - 1) // max(most - 1, 1), len(SHADES) - 1)
 
 
 def style_sheet() -> str:
