@@ -9,13 +9,18 @@ from redepth.surgery.presets import PRESETS
 
 from .making import Converted, Created, convert, create, plan
 from .measuring import analyze, calibrate, evaluate, inspect, load, load_tokenizer, read_config, verify
+from .serving import DRAIN_SECONDS, LOOPBACK, MAX_ROWS, MAX_TOKENS, play, serve
 from .training import heal, plan_healing, retrofit
 
 __all__ = [
     "DEFAULT_ADAPTER",
     "DEFAULT_SHARD_SIZE",
     "DEFAULT_STATE",
+    "DRAIN_SECONDS",
     "GROUPS",
+    "LOOPBACK",
+    "MAX_ROWS",
+    "MAX_TOKENS",
     "PRESETS",
     "Converted",
     "Created",
@@ -30,7 +35,9 @@ __all__ = [
     "load_tokenizer",
     "plan",
     "plan_healing",
+    "play",
     "read_config",
     "retrofit",
+    "serve",
     "verify",
 ]
