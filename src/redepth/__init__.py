@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from .errors import RedepthError
-from .registration import register_with_transformers
+from .registration import register_with_libraries
 
 if TYPE_CHECKING:
     from .analysis.patch import patch
@@ -108,4 +108,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-register_with_transformers()
+register_with_libraries()
