@@ -9,6 +9,7 @@ from redepth.surgery.presets import PRESETS
 
 from .making import Converted, Created, convert, create, plan
 from .measuring import analyze, calibrate, evaluate, inspect, load, load_tokenizer, read_config, verify
+from .sharing import plan_publication, publish
 from .training import heal, plan_healing, retrofit
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "load_tokenizer",
     "plan",
     "plan_healing",
+    "plan_publication",
+    "publish",
     "read_config",
     "retrofit",
     "verify",

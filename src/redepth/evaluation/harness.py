@@ -4,13 +4,13 @@
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import Collator, normalize_gen_kwargs
+from lm_eval.models.utils import Collator
 from lm_eval.utils import get_rolling_token_windows
 
 from redepth.checkpoint.load import load
@@ -23,7 +23,6 @@ from .answers import Answer, Answers, key_of
 
 # (the strings that were asked about, ids of the context, ids of the continuation)
 TokenRequest = tuple[Any, list[int], list[int]]
-SPECIAL_TOKENS = 8  # more than any tokenizer puts around a text
 
 
 @dataclass
@@ -97,9 +96,11 @@ class RedepthLM(HFLM):
         # Of the last generation, by row: the tokens that were run, and their mean steps.
         self._ran: list[tuple[int, float | None]] = []
 
-    def _create_model(
-        self, pretrained: str, revision: str | None = "main", dtype: Any = "auto", **kwargs: Any
-    ) -> None:
+    def set_max_length(self, most: int | None) -> None:
+        """How many tokens a request may have; None for what the model reads."""
+        self._max_length = most
+
+    def _create_model(self, pretrained: str, revision: str | None = "main", dtype: Any = "auto", **kwargs: Any) -> None:
         wanted = str(dtype).removeprefix("torch.") if dtype is not None else "auto"
         self._model = load(pretrained, wanted, self.device, revision=revision if revision != "main" else None)
 
@@ -124,9 +125,12 @@ class RedepthLM(HFLM):
             kwargs["policy"] = self.policy
         output: Any = super()._model_generate(context, max_length, stop, return_dict_in_generate=True, **kwargs)
         steps = output["stats"].get("num_steps") if self.policy is not None else None
-        ends = {self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}
+        ends = self.model.generation_config.eos_token_id
+        ends = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
         self._ran = []
-        for row, (made, mask) in enumerate(zip(output.sequences[:, context.shape[1] :], kwargs["attention_mask"], strict=True)):
+        for row, (made, mask) in enumerate(
+            zip(output.sequences[:, context.shape[1] :], kwargs["attention_mask"], strict=True)
+        ):
             # The last token is made and not run.
             run = next((place for place, token in enumerate(made.tolist()) if token in ends), len(made) - 1)
             prompt, padding = int(mask.sum()), int((1 - mask).sum())
@@ -199,7 +203,8 @@ class RedepthLM(HFLM):
         assert self.answers is not None
         answering, made = self.policy, []
         try:
-            for self.policy in self.policies:
+            for policy in self.policies:
+                self.policy = policy
                 todo = [request for request in batch if self.answers.find(self._likelihood_key(request)) is None]
                 if not todo:
                     continue
@@ -259,29 +264,6 @@ class RedepthLM(HFLM):
         for request, answer in zip(requests, told, strict=True):
             self.costs[request.task_name].add(answer)
         return [answer.said for answer in told]
-
-    def check_fits(self, requests: Sequence[Any]) -> None:
-        """
-        Raises:
-            RedepthError: for a request that is longer than the model reads, which lm-eval would cut.
-        """
-        for request in requests:
-            if request.request_type == "loglikelihood":
-                room, text = 0, "".join(request.args)
-            elif request.request_type == "generate_until":
-                room, text = normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"], request.args[0]
-            else:
-                continue
-            # No tokenizer makes more tokens than bytes; most requests need no closer look.
-            if len(text.encode()) + SPECIAL_TOKENS + room <= self.max_length:
-                continue
-            tokens = len(self.tok_encode(text)) + room
-            if tokens - (request.request_type == "loglikelihood") > self.max_length:
-                answer = f", {room} of them for the answer," if room else ""
-                raise RedepthError(
-                    f"task {request.task_name!r}, document {request.doc_id}: {tokens} tokens{answer} are more than the "
-                    f"{self.max_length} that this model reads; give fewer examples (--num-fewshot) or leave the task out"
-                )
 
 
 def input_ids(request: TokenRequest) -> list[int]:

@@ -72,13 +72,19 @@ def local_file(name: str, folder: Path) -> Path:
         RedepthError: where there is none.
     """
     file = task_files().get(name)
-    said = re.findall(r"^[\"']?dataset_path[\"']?:[ \t]*[\"']?([\w./-]+)", task_texts()[file], re.MULTILINE) if file else []
+    said = (
+        re.findall(r"^[\"']?dataset_path[\"']?:[ \t]*[\"']?([\w./-]+)", task_texts()[file], re.MULTILINE)
+        if file
+        else []
+    )
     stems = [name, *(path.rpartition("/")[2] for path in said)]
     for stem in stems:
         for suffix in SUFFIXES:
             if (folder / f"{stem}{suffix}").is_file():
                 return folder / f"{stem}{suffix}"
-    raise RedepthError(f"{folder} has no {stems[0]}.jsonl with the rows of task {name!r}; add it, or leave --data-dir out")
+    raise RedepthError(
+        f"{folder} has no {stems[0]}.jsonl with the rows of task {name!r}; add it, or leave --data-dir out"
+    )
 
 
 def local_changes(name: str, rows: Path) -> dict[str, Any]:
@@ -140,7 +146,9 @@ def is_group(name: str) -> bool:
     file = task_files().get(name)
     if file is None:
         return True
-    return re.search(rf"^[\"']?group[\"']?:[ \t]*[\"']?{re.escape(name)}\b", task_texts()[file], re.MULTILINE) is not None
+    return (
+        re.search(rf"^[\"']?group[\"']?:[ \t]*[\"']?{re.escape(name)}\b", task_texts()[file], re.MULTILINE) is not None
+    )
 
 
 def folders_of(name: str) -> list[str | Path]:
