@@ -48,7 +48,8 @@ def redepth_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     return run
 
 
-COMMANDS = ("plan", "convert", "verify", "inspect", "heal", "calibrate", "retrofit", "generate", "chat", "new")
+COMMANDS = ("plan", "convert", "verify", "inspect", "heal", "calibrate", "retrofit", "generate", "chat", "new", "eval")
+COMMANDS += ("analyze", "publish")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

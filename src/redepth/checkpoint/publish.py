@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
@@ -125,6 +126,6 @@ def publish(
         raise RedepthError("there is no hub token on this machine; run: hf auth login") from None
     except HfHubHTTPError as error:
         raise RedepthError(f"the hub refused {repository!r}: {first_line(error)}") from None
-    except OSError as error:
+    except (httpx.HTTPError, OSError) as error:
         raise RedepthError(f"the hub can't be reached: {first_line(error)}") from None
     return Publication(**{**vars(plan), "url": str(url)})

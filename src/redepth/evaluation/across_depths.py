@@ -19,7 +19,7 @@ from redepth.runtime import require
 
 from .answers import Answers, key_of
 from .asking import SEEDS, ask, check_fits, language_model
-from .models import Column, Entrant, entrant, fingerprint, open_model, open_tokenizer, rival, versions
+from .models import Column, Entrant, entrant, fingerprint, merged, open_model, open_tokenizer, rival, versions
 from .presets import TaskList
 from .scores import Difference, Samples, Score, Work, differences, samples_of, scores_of
 from .stock_tasks import check_known, load_tasks, local_file
@@ -134,10 +134,8 @@ def evaluate_across_depths(
         RedepthError: for anything that does not fit, before any compute.
     """
     settings.check()
-    entrants = [
-        entrant(checkpoint, settings.num_steps, settings.criterion, settings.exit_threshold),
-        *(rival(text, settings.num_steps) for text in settings.compare),
-    ]
+    own = entrant(checkpoint, settings.num_steps, settings.criterion, settings.exit_threshold)
+    entrants = merged([own, *(rival(text, settings.num_steps) for text in settings.compare)])
     check_out(out)
     require("matplotlib", "plots")
     names = [name for one in lists for name in one.tasks]
@@ -167,7 +165,8 @@ def evaluate_across_depths(
         found.manifest["models"][one.name]["dtype"] = str(dtype).removeprefix("torch.")
         told = _told(on_part, Path(one.name).name)
         if answers is not None:
-            identity = key_of(found.manifest["models"][one.name], settings.device, settings.batch_size)
+            known = {name: value for name, value in found.manifest["models"][one.name].items() if name != "columns"}
+            identity = key_of(known, settings.device, settings.batch_size)
             lm = language_model(model, tokenizer, settings.batch_size, answers, identity)
             for number, (tasks, asked) in enumerate(zip(loaded, lists, strict=True)):
                 for column, results, costs in ask(lm, one, tasks, asked, settings.limit, told):

@@ -28,6 +28,11 @@ class Column:
     name: str
     policy: DepthPolicy | None
 
+    @property
+    def order(self) -> tuple[bool, int]:
+        """By depth, exit tests last, so that a batch's pass only ever goes deeper."""
+        return (True, 0) if self.policy is None else (self.policy.test is not None, self.policy.num_steps)
+
 
 @dataclass(frozen=True)
 class Entrant:
@@ -87,6 +92,17 @@ def rival(text: str, num_steps: Sequence[int]) -> Entrant:
         return entrant(text, num_steps)
     open_source(text)
     return Entrant(text, (Column(NO_LOOP, None),))
+
+
+def merged(entrants: Sequence[Entrant]) -> list[Entrant]:
+    """Each model once, with all the depths that it is named for."""
+    columns: dict[str, dict[str, Column]] = {}
+    for one in entrants:
+        columns.setdefault(one.name, {}).update({column.name: column for column in one.columns})
+    return [
+        Entrant(name, tuple(sorted(by_name.values(), key=lambda column: column.order)))
+        for name, by_name in columns.items()
+    ]
 
 
 def open_tokenizer(one: Entrant) -> Any:

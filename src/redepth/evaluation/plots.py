@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from redepth.checkpoint.folder import write_json
 
 from .scores import SHARES, Score, main_scores
+from .tables import with_unit
 from .tasks import TaskAccuracy
 from .texts import NO_LOOP
 
@@ -197,6 +198,10 @@ def plot_accuracy_against_flops(scores: Sequence[Score], file: str | Path) -> No
                     color=f"C{number}",
                 )
         panel.set_xscale("log")
+        flops = [score.flops_per_answer for score in own]
+        ticks = np.geomspace(min(flops), max(flops), 4) if min(flops) < max(flops) else flops[:1]
+        panel.set_xticks(ticks, [with_unit(tick) for tick in ticks])
+        panel.minorticks_off()
         panel.set_title(f"{task} ({own[0].answers})", loc="left", fontsize="medium")
         panel.set_ylabel(f"{own[0].metric}{', per cent' if share else ''}", fontsize="small")
         panel.set_xlabel("forward FLOPs per answer", fontsize="small")

@@ -74,6 +74,10 @@ def score_tables(scores: Sequence[Score], differences: Sequence[Difference]) -> 
     return found
 
 
+def apart(one: TextLoss) -> str:
+    return with_error(one.difference, one.difference_error, 4, sign=True)
+
+
 def text_tables(texts: Sequence[TextLoss]) -> list[TextTable]:
     """A table for each text, a row for each source, model and depth."""
     found = []
@@ -87,7 +91,7 @@ def text_tables(texts: Sequence[TextLoss]) -> list[TextTable]:
                 one.depth,
                 with_error(one.loss, one.standard_error, 4),
                 f"{math.exp(min(one.loss, 700)):.2f}",
-                with_error(one.difference, one.difference_error, 4, True),
+                "" if (one.model, one.depth) == (own[0].model, own[0].depth) else apart(one),
                 f"{one.tokens:,}",
             ]
             for one in own
