@@ -289,6 +289,13 @@ def test_registered_with_lm_eval() -> None:
         RedepthLM(tiny_llama(), tokenizer=byte_tokenizer(), num_steps=2)
 
 
+def test_drafts_are_not_for_lm_eval(models) -> None:
+    from redepth.evaluation.harness import RedepthLM
+
+    with pytest.raises(RedepthError, match="draft_steps"):
+        RedepthLM(redepth.load(models / "recurrent"), tokenizer=byte_tokenizer(), num_steps=3, draft_steps=1)
+
+
 def tiny_llama():
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -81,6 +81,11 @@ class RedepthLM(HFLM):
         self.policy: DepthPolicy | None = None
         if isinstance(self.model, RecurrentDepthForCausalLM):
             self.policy = DepthPolicy.resolve(self.model.config, **keywords)
+            if not self.policy.is_one_token_at_a_time:
+                # lm-eval's stop sequences count on rows that grow together.
+                raise RedepthError(
+                    "lm-eval can't stop drafts and samplers row by row; leave draft_steps and sampler out"
+                )
         elif keywords:
             raise RedepthError(f"a model without a loop in depth takes no {min(keywords)}; leave it out")
         self.policies: list[DepthPolicy | None] = [self.policy]
