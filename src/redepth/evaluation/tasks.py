@@ -15,6 +15,7 @@ from redepth.modeling import RecurrentDepthForCausalLM
 from redepth.modeling.exits import ExitTest, Measure, find_exit_test
 
 DEPTHS = (1, 2, 4, 8, 16)
+PROBLEMS = 256  # of each split
 MOST_LOGITS = 2**26  # entries in memory at once
 
 
@@ -270,7 +271,7 @@ def evaluate_task(
     num_steps: Sequence[int] = DEPTHS,
     criterion: str | ExitTest | Measure | None = None,
     exit_threshold: float | str = "auto",
-    limit: int = 256,
+    limit: int = PROBLEMS,
     seed: int = 0,
     dtype: str = "auto",
     device: str = "cpu",
