@@ -24,10 +24,11 @@ from redepth import load
 from redepth.checkpoint.cost import count_parameters
 from redepth.checkpoint.folder import HEALING_FILE, HEALING_LOG_FILE, read_jsonl, write_json
 from redepth.checkpoint.load import load_tokenizer, read_config
-from redepth.data.tasks import ArrayTask, open_task
+from redepth.data.tasks import ArrayTask, is_task, open_task
 from redepth.data.tasks.arrays import END
 from redepth.evaluation.loss import loss_by_depth
 from redepth.evaluation.tasks import evaluate_task, standard_error
+from redepth.healing.clock import Progress
 from redepth.healing.curriculum import depth_of_step
 from redepth.healing.heal import heal
 from redepth.healing.recipe import HealRecipe, fill, read_yaml
@@ -81,11 +82,15 @@ RUNS = {
 
 def recipe_of(run: Run, text: str | None, validation: str | None) -> HealRecipe:
     """The recipe's section `heal` with a run's changes; `text` in place of python-docs."""
-    values = read_yaml(RECIPE)["heal"] | run.changes | {"report_to": "none"}
-    (task, *_), shares = (source["data"] for source in values["data"]), [part["weight"] for part in values["data"]]
-    sources: list[dict[str, Any]] = [{"data": task, "weight": shares[0], "scratchpad": run.scratchpad}]
-    sources.append({"data": text or values["data"][1]["data"], "weight": shares[1]})
-    return fill(HealRecipe, values | {"data": sources, "validation": validation}, RECIPE.name)
+    values = read_yaml(RECIPE)["heal"] | run.changes | {"report_to": "none", "validation": validation}
+
+    def source_of(source: dict[str, Any]) -> dict[str, Any]:
+        if is_task(source["data"]):
+            return source | {"scratchpad": run.scratchpad}
+        return source | {"data": text or source["data"]}
+
+    phases = [phase | {"data": [source_of(source) for source in phase["data"]]} for phase in values["phases"]]
+    return fill(HealRecipe, values | {"phases": phases}, RECIPE.name)
 
 
 def task_of(recipe: HealRecipe) -> ArrayTask:
@@ -176,6 +181,13 @@ def text_losses(folder: Path, validation: Path) -> dict[str, float]:
     return {str(steps): loss for steps, loss in losses.items()}
 
 
+def tell(name: str, at: Progress, began: float) -> None:
+    """Print what the run has to say, and where it is at every twentieth step."""
+    if at.part == "training" and (at.remark or at.step % 20 == 0):
+        said = at.remark or f"step {at.step}, loss {at.loss}, mean r {at.mean_recurrence}"
+        print(f"{name}, {time.process_time() - began:.0f} s: {said}", flush=True)
+
+
 def run_one(name: str, options: argparse.Namespace) -> None:
     """Heal and measure one run, as far as that is not done."""
     run, folder, file = RUNS[name], options.out / name, options.out / f"{name}.json"
@@ -188,7 +200,7 @@ def run_one(name: str, options: argparse.Namespace) -> None:
         recipe = recipe.model_copy(update={"max_steps": steps})
     began = time.process_time()
     if not (folder / HEALING_FILE).exists():
-        heal(converted, recipe, out=folder)
+        heal(converted, recipe, out=folder, on_progress=lambda at: tell(name, at, began))
     healed = time.process_time() - began
     record = json.loads((folder / HEALING_FILE).read_text())
     task = task_of(recipe)

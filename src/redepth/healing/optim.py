@@ -119,13 +119,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
         learning_rate: float,
         muon_learning_rate: float,
         weight_decay: float,
+        adam_beta2: float,
     ) -> None:
         adamw_groups = [
             {"params": list(others), "weight_decay": weight_decay},
             {"params": list(others_without_decay), "weight_decay": 0.0},
         ]
         self._muon = torch.optim.Muon(list(matrices), lr=muon_learning_rate, weight_decay=weight_decay)
-        self._adamw = torch.optim.AdamW(adamw_groups, lr=learning_rate, fused=True)
+        self._adamw = torch.optim.AdamW(adamw_groups, lr=learning_rate, betas=(0.9, adam_beta2), fused=True)
         groups = [group | {"kind": "muon"} for group in self._muon.param_groups]
         groups += [group | {"kind": "adamw"} for group in self._adamw.param_groups]
         super().__init__(groups, {})
@@ -171,4 +172,12 @@ def muon_with_adamw(model: nn.Module, recipe: HealRecipe, decays: set[str]) -> M
             (others if name in decays else plain).append(parameter)
     if not matrices:
         raise RedepthError("optimizer 'muon' has no matrix to train; use adamw")
-    return MuonWithAdamW(matrices, others, plain, recipe.learning_rate, recipe.muon_learning_rate, recipe.weight_decay)
+    return MuonWithAdamW(
+        matrices,
+        others,
+        plain,
+        recipe.learning_rate,
+        recipe.muon_learning_rate,
+        recipe.weight_decay,
+        recipe.adam_beta2,
+    )
