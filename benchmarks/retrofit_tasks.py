@@ -42,7 +42,8 @@ DEPTHS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12)
 STEPS_SHOWN = (1, 2, 4, 6, 8, 10)
 TEXT_DEPTHS = (1, 2, 4, 8)
 TEXT_ROWS, TEXT_LENGTH = 4, 256  # of each source of the held-out text
-PROBLEMS = 256  # of each split, one question each
+PROBLEMS, QUESTIONS = 64, 16  # of each split, and in each problem
+SCRATCHPADS = 256  # problems of each split, of one question each
 CRITERION, THRESHOLD = "kl", 0.05
 
 
@@ -143,7 +144,7 @@ def accuracy_of_scratchpads(
     for split, least in (("held-out", 0), ("harder", task.depth[1] + 1)):
         texts = [
             text
-            for text in task.scratchpads(split, PROBLEMS, 1)  # type: ignore[arg-type]
+            for text in task.scratchpads(split, SCRATCHPADS, 1)  # type: ignore[arg-type]
             if text.answers[0].difficulty >= least
         ]
         for start in range(0, len(texts), 64):
@@ -226,6 +227,7 @@ def run_one(name: str, options: argparse.Namespace) -> None:
             CRITERION if looped else None,
             THRESHOLD,
             limit=PROBLEMS,
+            questions=QUESTIONS,
             seed=1,
             dtype="bfloat16" if has_bf16() else "float32",
         ).as_dict()

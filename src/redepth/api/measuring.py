@@ -112,6 +112,7 @@ def evaluate(
     criterion: "str | ExitTest | Measure | None" = None,
     exit_threshold: float | str = "auto",
     limit: int = 256,
+    questions: int = 1,
     seed: int = 0,
     dtype: str = "auto",
     device: "str | torch.device" = "auto",
@@ -124,6 +125,7 @@ def evaluate(
         tasks: such as `task:iterate?depth=1-8`; the task that a small model was trained on by default.
         criterion, exit_threshold: also run adaptive exit under this test, as `DepthPolicy.resolve` takes them.
         limit: problems of each split.
+        questions: in each problem in words; all but the last hide their answers.
         seed: of the problems.
         out: folder for `tasks.json` and a heat map of each task.
         on_progress: called with (task, share done).
@@ -150,6 +152,7 @@ def evaluate(
             dtype,
             where,
             shares(on_progress, spec or "evaluate"),
+            questions,
         )
         for spec in chosen
     ]
