@@ -115,6 +115,7 @@ def evaluate(
     limit: int | None = None,
     num_fewshot: int | None = None,
     data_dir: str | Path | None = None,
+    questions: int = 1,
     batch_size: int = 8,
     compare: Sequence[str | Path] | None = None,
     seed: int = 0,
@@ -135,6 +136,7 @@ def evaluate(
         limit: documents of each of lm-eval's tasks, all by default; of `task:`, problems of each split, 256 by default.
         num_fewshot: examples in each prompt of lm-eval's tasks; each task's own number by default.
         data_dir: folder with the rows of lm-eval's tasks, `arc_easy.jsonl` and so on, in the schema of the hub.
+        questions: in each problem of `task:` in words; all but the last hide their answers.
         batch_size: of lm-eval's requests.
         compare: other models for the same tasks and texts: folder or hub id of a recurrent checkpoint, with `:R` for
             one depth, or a model without a loop.
@@ -198,7 +200,9 @@ def evaluate(
         told = shares(on_progress, spec or "evaluate")
         problems = PROBLEMS if limit is None else limit
         found.by_difficulty.append(
-            evaluate_task(checkpoint, spec, depths, criterion, exit_threshold, problems, seed, precision, where, told)
+            evaluate_task(
+                checkpoint, spec, depths, criterion, exit_threshold, problems, seed, precision, where, told, questions
+            )
         )
     if out is not None and found.by_difficulty:
         from redepth.evaluation.plots import write_evaluations

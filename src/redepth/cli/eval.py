@@ -57,6 +57,7 @@ def command(
     data_dir: Annotated[
         Path | None, typer.Option(help="Folder with NAME.jsonl for each of lm-eval's tasks, in place of the hub.")
     ] = None,
+    questions: Annotated[int, typer.Option(help="Questions in each problem of task: in words.", min=1)] = 1,
     batch_size: Annotated[int, typer.Option(help="Requests that are run at once.")] = 8,
     compare: Annotated[
         list[str] | None,
@@ -102,6 +103,7 @@ def command(
             limit=limit,
             num_fewshot=num_fewshot,
             data_dir=data_dir,
+            questions=questions,
             batch_size=batch_size,
             compare=_split(compare),
             seed=seed,
