@@ -2,8 +2,8 @@
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.compiler import is_compiling
+from torch.nn import functional as F
 
 # tokens at a time, where no gradient is wanted: what they need of a thousand channels stays in a second-level cache
 BLOCK = 256
