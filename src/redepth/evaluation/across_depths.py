@@ -141,8 +141,9 @@ def evaluate_across_depths(
     names = [name for one in lists for name in one.tasks]
     if names:
         check_known(names)
-        for name in names if settings.data_dir is not None else ():
-            local_file(name, settings.data_dir)
+        if settings.data_dir is not None:
+            for name in names:
+                local_file(name, settings.data_dir)
     tokenizers = [open_tokenizer(one) for one in entrants]
     for one in lists:
         for each, tokenizer in zip(entrants, tokenizers, strict=True):
@@ -159,23 +160,23 @@ def evaluate_across_depths(
     runs: list[tuple[str, str, Samples]] = []
     losses: list[dict[Any, Any]] = [{} for _ in texts]
     dtype: Any = settings.dtype
-    for one, tokenizer in zip(entrants, tokenizers, strict=True):
-        model = open_model(one, dtype, settings.device)
+    for each, tokenizer in zip(entrants, tokenizers, strict=True):
+        model = open_model(each, dtype, settings.device)
         dtype = model.dtype  # the others are measured as the first is
-        found.manifest["models"][one.name]["dtype"] = str(dtype).removeprefix("torch.")
-        told = _told(on_part, Path(one.name).name)
+        found.manifest["models"][each.name]["dtype"] = str(dtype).removeprefix("torch.")
+        told = _told(on_part, Path(each.name).name)
         if answers is not None:
-            known = {name: value for name, value in found.manifest["models"][one.name].items() if name != "columns"}
+            known = {name: value for name, value in found.manifest["models"][each.name].items() if name != "columns"}
             identity = key_of(known, settings.device, settings.batch_size)
             lm = language_model(model, tokenizer, settings.batch_size, answers, identity)
             for number, (tasks, asked) in enumerate(zip(loaded, lists, strict=True)):
-                for column, results, costs in ask(lm, one, tasks, asked, settings.limit, told):
-                    found.scores += scores_of(results, costs, Work.of(model), one.name, column.name)
-                    runs.append((one.name, column.name, samples_of(results)))
+                for column, results, costs in ask(lm, each, tasks, asked, settings.limit, told):
+                    found.scores += scores_of(results, costs, Work.of(model), each.name, column.name)
+                    runs.append((each.name, column.name, samples_of(results)))
                     found.manifest["tasks"] |= results["versions"]
-                    _write_harness(out, one, column, number if len(lists) > 1 else None, results, found.manifest)
+                    _write_harness(out, each, column, number if len(lists) > 1 else None, results, found.manifest)
         for kept, by_source in zip(losses, rows, strict=True):
-            kept |= losses_of(one.name, model, by_source, one.num_steps(), told("texts"))
+            kept |= losses_of(each.name, model, by_source, each.num_steps(), told("texts"))
         del model
     if answers is not None:
         answers.close()
