@@ -175,20 +175,8 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
                 injected = torch.where(context.continued[..., None], injected, embedded.to(injected.device))
         reached = self.run_layers(self.core_block, injected, context, step, record)
         if self.state_gate is not None:
-            reached = self._gated(state, reached, step == 1, context.continued)
+            reached = self.state_gate(state, reached, step == 1, context.continued)
         return context.watched("state", None, step, reached)
-
-    def _gated(
-        self, before: torch.Tensor, after: torch.Tensor, is_first: bool, continued: bool | torch.Tensor
-    ) -> torch.Tensor:
-        """The gate's work, which a first step from s_0 goes without, so that r = 1 is as without a gate."""
-        assert self.state_gate is not None
-        if is_first and continued is False:
-            return after
-        gated = self.state_gate(before.to(after.device), after)
-        if is_first and isinstance(continued, torch.Tensor):
-            return torch.where(continued[..., None].to(after.device), gated, after)
-        return gated
 
     def run_fixed(
         self,

@@ -60,9 +60,23 @@ class StateGate(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
 
-    def forward(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-        """s_{i−1} and f(s_{i−1}), both `[B, T, D]`, in; s_i out."""
-        return before + self.weight.float().sigmoid().to(after.dtype) * (after - before)
+    def forward(
+        self, before: torch.Tensor, after: torch.Tensor, is_first: bool = False, continued: bool | torch.Tensor = True
+    ) -> torch.Tensor:
+        """s_i, from s_{i−1} and f(s_{i−1}), all `[B, T, D]`.
+
+        A first step from s_0 goes without the gate, so that r = 1 is as without it.
+
+        Args:
+            continued: whether a first step began from a state carried over, and not from s_0; `[B, T]` where that differs.
+        """
+        if is_first and continued is False:
+            return after
+        before = before.to(after.device)
+        gated = before + self.weight.float().sigmoid().to(after.dtype) * (after - before)
+        if is_first and isinstance(continued, torch.Tensor):
+            return torch.where(continued[..., None].to(after.device), gated, after)
+        return gated
 
 
 def gate_start(width: int) -> torch.Tensor:
