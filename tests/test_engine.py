@@ -116,7 +116,7 @@ requests = st.builds(
 
 
 @given(name=st.sampled_from(NAMES), asked=st.lists(requests, min_size=2, max_size=6), rows=st.integers(1, 5))
-@settings(max_examples=16, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_traffic_gives_each_request_what_it_gets_alone(models, name: str, asked: list[Asked], rows: int) -> None:
     model = models[name]
     # Little room, so that requests wait for it.
