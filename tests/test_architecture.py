@@ -18,6 +18,7 @@ MODELING_MAY_IMPORT = {
     "json",
     "collections",
     "contextlib",
+    "copy",
     "dataclasses",
     "functools",
     "importlib",

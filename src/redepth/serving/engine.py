@@ -80,7 +80,7 @@ class Engine:
         outer = [*self.stack.prelude, *self.stack.coda, model.lm_head]
         core = [self.stack.adapter, *self.stack.core_block]
         # In ticks, see `_should_leave`.
-        self.patience = parameters_of(outer) // (2 * parameters_of(core))
+        self.patience = parameters_of(outer) // parameters_of(core)
         self.ticks = 0
         self.steps_done = 0
         self.tokens_done = 0
@@ -264,16 +264,14 @@ class Engine:
             self._guarded(row, updates, row.test, next(read) if row.tracker.test.of_logits else states)
 
     def _should_leave(self, ready: list[Row]) -> bool:
-        """Whether to run coda and head now, and not to wait for more rows to share them.
+        """Whether to run coda and head now, and not to wait a little for more rows to share them.
 
-        They cost the same for one row as for a few, so with every tick that a row waits others may join it. It waits at
-        most for the time that half of a pass through them and the prelude would take, or a quarter of its own steps.
+        They cost the same for one row as for a few. So they wait until a quarter of all rows are ready, but no longer than
+        it takes to run them and the prelude once.
         """
-        if len(ready) == len(self._rows):
-            return True
+        if 4 * len(ready) >= len(self._rows) or any(row.waited >= self.patience for row in ready):
+            return bool(ready)
         for row in ready:
-            if row.waited >= max(self.patience, row.step // 4):
-                return True
             row.waited += 1
         return False
 

@@ -54,10 +54,11 @@ class TextStream:
         return self.tokenizer.decode(self.ids[start:end], skip_special_tokens=self.skip_special_tokens)
 
     def _certain(self) -> int:
-        """How much of what was seen can be given out; notes the stop string that comes first."""
-        found = [(place, stop) for stop in self.stops if (place := self._seen.find(stop, len(self.text))) >= 0]
+        """How much of what was seen can be given out; notes the stop string that is complete first."""
+        places = {stop: self._seen.find(stop, len(self.text)) for stop in self.stops}
+        found = [(place + len(stop), place, stop) for stop, place in places.items() if place >= 0]
         if found:
-            place, self.stopped_by = min(found)
+            _, place, self.stopped_by = min(found)
             return place
         held = 0
         for stop in self.stops:
