@@ -118,6 +118,8 @@ FOREIGN_PRIVATE = {
     "_cdata",  # torch: which storage this is
     "_is_amx_tile_supported",  # torch.cpu
     "_is_avx512_bf16_supported",
+    "_linear_pointwise",  # torch.ops.mkldnn
+    "_reorder_linear_weight",
     "_pad_token_tensor",  # transformers: of a prepared generation config
     "_replace",  # of every named tuple, public in spite of its name
 }

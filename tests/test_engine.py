@@ -15,6 +15,7 @@ from redepth.modeling import DepthPolicy
 from redepth.serving.engine import Engine, Update, end_tokens
 from redepth.serving.request import Request, Sampling
 from redepth.surgery.convert import plan_conversion
+from tests.tolerance import tolerance
 from tests.zoo import random_ids
 
 CHUNK = 5
@@ -271,6 +272,19 @@ def test_a_fault_in_one_request_ends_that_one_alone(models) -> None:
     alone = submit(engine)
     run(engine, alone)
     assert ids_of(sound) == ids_of(alone)
+
+
+def test_packed_weights_are_in_use_during_ticks_alone(models) -> None:
+    model, ids = models["olmo2"], random_ids(1, 5)
+    with torch.no_grad():
+        before = model(ids, num_steps=2).logits
+        engine = Engine(model)
+        with engine.linears.in_use():
+            packed = model(ids, num_steps=2).logits
+        assert torch.equal(model(ids, num_steps=2).logits, before)
+    torch.testing.assert_close(packed, before, **tolerance(layers=7))
+    assert not Engine(model, pack=False).linears.forwards
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_numbers_that_are_none_spoil_no_other_row(models) -> None:

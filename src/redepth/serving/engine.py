@@ -24,6 +24,7 @@ from redepth.modeling import DepthPolicy
 from redepth.modeling.passes import PassContext, check_length
 from redepth.modeling.tokens import check_ids, check_numbers
 
+from .packed import PackedLinears
 from .paged import Part, paged_context
 from .pool import BLOCK, Planes, Pool, needed_blocks
 from .request import FinishReason, Request, Sampling, Token
@@ -54,12 +55,15 @@ class Engine:
         max_tokens: room in the pool of keys and values, in tokens at the model's default depth and cache rule; deeper ones
             take more of it. A request runs once there is room for all that it can come to.
         prefill_chunk: how many tokens of a prompt enter the loop together.
+        pack: on a processor in fp32, hold the linear layers' weights a second time, laid out for products with a few rows.
 
     Raises:
         RedepthError: for a value out of range, and a model with layers that are recurrent in time.
     """
 
-    def __init__(self, model: Any, *, max_rows: int = 16, max_tokens: int = 8192, prefill_chunk: int = 32) -> None:
+    def __init__(
+        self, model: Any, *, max_rows: int = 16, max_tokens: int = 8192, prefill_chunk: int = 32, pack: bool = True
+    ) -> None:
         for name, value in (("max_rows", max_rows), ("max_tokens", max_tokens), ("prefill_chunk", prefill_chunk)):
             if value < 1:
                 raise RedepthError(f"{name} must be at least 1, got {value}")
@@ -74,6 +78,7 @@ class Engine:
         self.blocks_per_column = self.planes.count(DepthPolicy.resolve(config))
         blocks = needed_blocks(self.blocks_per_column, max_tokens)
         self.pool = Pool(config, blocks, model.dtype, model.device)
+        self.linears = PackedLinears(model if pack else torch.nn.Module())
         self._waiting: deque[Request] = deque()
         self._cancelled: deque[Request] = deque()
         self._rows: list[Row] = []
@@ -143,9 +148,10 @@ class Engine:
             return updates
         self.ticks += 1
         try:
-            self._enter()
-            self._run_core(updates)
-            self._leave(updates)
+            with self.linears.in_use():
+                self._enter()
+                self._run_core(updates)
+                self._leave(updates)
         except Exception as error:
             # It can't be laid to one request: all that were in the pass end, those that wait go on.
             logger.exception("a tick failed; the requests that were running end with an error")
