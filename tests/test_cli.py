@@ -62,6 +62,9 @@ COMMANDS = (
     "play",
     "serve",
     "new",
+    "eval",
+    "analyze",
+    "publish",
 )
 
 

@@ -14,6 +14,7 @@ from redepth.errors import RedepthError
 from redepth.modeling import DepthPolicy
 from redepth.serving.engine import Engine, Update, end_tokens
 from redepth.serving.request import Request, Sampling
+from redepth.serving.stops import TextStream
 from redepth.surgery.convert import plan_conversion
 from tests.tolerance import tolerance
 from tests.zoo import random_ids

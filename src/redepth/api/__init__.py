@@ -10,6 +10,7 @@ from redepth.surgery.presets import PRESETS
 from .making import Converted, Created, convert, create, plan
 from .measuring import analyze, calibrate, evaluate, inspect, load, load_tokenizer, read_config, verify
 from .serving import DRAIN_SECONDS, LOOPBACK, MAX_ROWS, MAX_TOKENS, play, serve
+from .sharing import plan_publication, publish
 from .training import heal, plan_healing, retrofit
 
 __all__ = [
@@ -35,7 +36,9 @@ __all__ = [
     "load_tokenizer",
     "plan",
     "plan_healing",
+    "plan_publication",
     "play",
+    "publish",
     "read_config",
     "retrofit",
     "serve",

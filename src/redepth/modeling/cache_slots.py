@@ -79,10 +79,11 @@ class CacheSlot(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         end = start + key_states.shape[2]
         self._reserve(end)
-        for stored, new in zip(self._up_to(end), (key_states, value_states), strict=True):
-            stored[:, :, start:] = new
+        keys, values = self._storage["keys"], self._storage["values"]
+        keys.narrow(2, start, end - start).copy_(key_states)
+        values.narrow(2, start, end - start).copy_(value_states)
         self.length = max(self.length, end)
-        return self._up_to(end)
+        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
     def update_subset(
         self, key_states: torch.Tensor, value_states: torch.Tensor, start: int, subset: TokenSubset

@@ -44,6 +44,8 @@ class RMSNorm(nn.Module):
             for part, place in zip(x.split(BLOCK, 1), out.split(BLOCK, 1), strict=True):
                 place.copy_(self(part))
             return out
+        if x.dtype == torch.float32 == self.weight.dtype and not self.one_plus:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         # torch's own norm rounds as transformers' written-out one does in fp32, and is quicker
         normed = F.rms_norm(x.float(), self.weight.shape, None, self.eps)
         if self.one_plus:

@@ -303,6 +303,7 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, RecurrentDepthGen
                     token_loss,
                     parameters=self.lm_head.parameters(),
                     shift_labels=shift_labels if step_labels is None else None,
+                    sharded=hasattr(self.lm_head, "unshard"),
                 )
                 for hidden_of_step, labels_of_step in zip(left, asked, strict=True)
             ]

@@ -30,8 +30,9 @@ class PassContext:
 
     Attributes:
         masks: by attention type, as the attention implementation takes them.
-        rotations: by attention type, cos and sin `[B, T, K/2]` in fp32.
+        rotations: by attention type, cos and sin in fp32, see `rotary.rotations`.
         position_ids: `[B or 1, T]`.
+        attention: the kind of attention, as in transformers' `attn_implementation`.
         subset: the tokens of this call, where they are not all of the pass.
         steps_run: `[B, T]`, under a criterion: the steps that the tokens have run so far.
         reading: how recurrent layers read the columns of the pass; None where there are none.
@@ -46,6 +47,7 @@ class PassContext:
     rotations: dict[str, tuple[torch.Tensor, torch.Tensor]]
     cache: RecurrentDepthCache | None
     position_ids: torch.Tensor
+    attention: str
     subset: TokenSubset | None = None
     steps_run: torch.Tensor | None = None
     reading: ReadingOrder | None = None
@@ -64,7 +66,7 @@ class PassContext:
         if device == self.position_ids.device:
             return self
         if device not in self._elsewhere:
-            kept: dict[str, Any] = {"cache": self.cache, "watchers": self.watchers}
+            kept: dict[str, Any] = {name: getattr(self, name) for name in ("cache", "watchers", "attention")}
             moved: dict[str, Any] = {
                 part.name: _moved(getattr(self, part.name), device, non_blocking)
                 for part in fields(self)
@@ -266,6 +268,7 @@ def pass_context(
         rotations={kind: rotations(config, position_ids, kind) for kind in attention_types},
         cache=cache,
         position_ids=position_ids,
+        attention=config._attn_implementation,
         reading=reading,
     )
 
@@ -303,6 +306,7 @@ def ragged_context(
         rotations={kind: rotations(config, positions, kind) for kind in kinds},
         cache=cache,
         position_ids=positions,
+        attention=config._attn_implementation,
         subset=TokenSubset(
             torch.arange(len(places), device=places.device), places - start, real, len(places), end - start
         ),

@@ -26,7 +26,7 @@ from .errors import UserError
 from .passes import PassContext, check_cache, pass_context
 from .policy import DepthPolicy
 from .pretrained import RecurrentDepthPreTrainedModel
-from .state import initial_state
+from .state import StateGate, initial_state
 from .tokens import TokenSubset
 
 # States [B, T, D] and their context to logits [B, T, V].
@@ -58,7 +58,8 @@ class StackOutput(ModelOutput):
 class RecurrentStack(RecurrentDepthPreTrainedModel):
     """Everything but the head; `model.transformer`, and transformers' base model.
 
-    Its parts are modules by their published names: `wte`, `prelude`, `adapter`, `core_block`, `coda`, `ln_f`.
+    Its parts are modules by their published names: `wte`, `prelude`, `adapter`, `core_block`, `coda`, `ln_f`; and
+    `state_gate`, where the config asks for one.
     """
 
     def __init__(self, config: RecurrentDepthConfig) -> None:
@@ -70,6 +71,7 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
         self.prelude = nn.ModuleList(Block(config, layer) for layer in range(first_core))
         self.adapter = nn.Linear(2 * config.n_embd, config.n_embd, bias=False)
         self.core_block = nn.ModuleList(Block(config, layer) for layer in range(first_core, first_coda))
+        self.state_gate = StateGate(config.n_embd) if config.state_gate else None
         self.coda = nn.ModuleList(Block(config, layer) for layer in range(first_coda, config.n_layers))
         self.ln_f = norm(config, config.n_embd)
         # Training: keep only the states between steps, and run each step again in the backward pass.
@@ -171,7 +173,10 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
             injected = self.adapter(torch.cat([state, embedded], dim=-1))
             if skips and isinstance(context.continued, torch.Tensor):
                 injected = torch.where(context.continued[..., None], injected, embedded.to(injected.device))
-        return context.watched("state", None, step, self.run_layers(self.core_block, injected, context, step, record))
+        reached = self.run_layers(self.core_block, injected, context, step, record)
+        if self.state_gate is not None:
+            reached = self.state_gate(state, reached, step == 1, context.continued)
+        return context.watched("state", None, step, reached)
 
     def run_fixed(
         self,

@@ -16,7 +16,8 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
-from .blocks import Attention, eager_attention
+from .attention import eager_attention
+from .blocks import Attention
 from .configuration import RecurrentDepthConfig
 from .errors import UserError
 from .passes import MASK_MAKERS, PassContext, check_length
@@ -103,11 +104,12 @@ class UnrolledAttention:
 
     def __call__(self, module: Attention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """q `[B, H, T, K]`, k and v `[B, G, T, K]` → `[B, T, H, K]`."""
-        if module.soft_cap and self.implementation in WITHOUT_SOFT_CAP:
+        if module.soft_cap is not None and self.implementation in WITHOUT_SOFT_CAP:
             raise UserError(
                 f"attention of kind {self.implementation!r} can't soft-cap its scores as this model needs it; serve it with "
                 "redepth's engine"
             )
+        cap = {} if module.soft_cap is None else {"softcap": module.soft_cap}
         layer = module.layer_idx + self.offset
         if self.cache is not None:
             key, value = self.cache.update(key, value, layer)
@@ -120,7 +122,7 @@ class UnrolledAttention:
             scaling=module.scaling,
             dropout=0.0,
             sliding_window=module.sliding_window,
-            **module.soft_cap,
+            **cap,
             **self.arguments,
         )
         return mixed.unflatten(-1, (-1, module.head_dim)) if mixed.ndim == 3 else mixed
@@ -199,6 +201,7 @@ class UnrolledModel(UnrolledPreTrainedModel):
             rotations={kind: rotations(stack.config, position_ids, kind) for kind in kinds},
             cache=None,
             position_ids=position_ids,
+            attention=attend.implementation,
             attend=attend,
         )
         embedded = stack.run_prelude(x, context)

@@ -259,15 +259,15 @@ class Engine:
 
     def _test(self, running: list[tuple[Row, torch.Tensor]], updates: list[Update]) -> None:
         """Let tokens leave the loop whose own test says so; `running` has the rows with their states `[n, D]`."""
-        tested = [(row, states) for row, states in running if row.tracker is not None]
-        of_logits = [(row, states) for row, states in tested if row.tracker.test.of_logits]
+        tested = [(row, states, row.tracker.test.of_logits) for row, states in running if row.tracker is not None]
+        of_logits = [(row, states) for row, states, reads_logits in tested if reads_logits]
         if of_logits:
             parts = [row.still_active(self.planes.prelude) for row, _ in of_logits]
             context = self._context(parts, self.planes.coda, self.planes.prelude + self.planes.core)
             logits = self.model.read_logits(torch.cat([states for _, states in of_logits])[None], context)[0]
             read = iter(logits.split([len(states) for _, states in of_logits]))
-        for row, states in tested:
-            self._guarded(row, updates, row.test, next(read) if row.tracker.test.of_logits else states)
+        for row, states, reads_logits in tested:
+            self._guarded(row, updates, row.test, next(read) if reads_logits else states)
 
     def _should_leave(self, ready: list[Row]) -> bool:
         """Whether to run coda and head now, and not to wait a little for more rows to share them.

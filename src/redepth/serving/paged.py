@@ -111,8 +111,8 @@ class PagedAttention:
         shape = heads, -1, group.rows, group.tokens, head_dim
         query = query.view(shape).permute(2, 0, 1, 3, 4).reshape(group.rows, heads, -1, head_dim)
         mask = group.masks[module.layer_type]
-        if module.soft_cap:
-            cap = module.soft_cap["softcap"]
+        cap = module.soft_cap
+        if cap is not None:
             scores = cap * torch.tanh(query @ keys.transpose(2, 3) * (module.scaling / cap))
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
             mixed = scores.float().softmax(-1).to(values.dtype) @ values
@@ -143,6 +143,7 @@ def paged_context(
         rotations={kind: rotations(config, positions, kind) for kind in kinds},
         cache=None,
         position_ids=positions,
+        attention="paged",
         continued=False if continued is None else continued,
         attend=attend,
     )

@@ -31,7 +31,8 @@ class Sampler:
             token = int(scores.argmax())
         else:
             # None of the warpers looks at the text so far.
-            weights = self.warpers(None, scores[None]).softmax(-1)
+            warped = self.warpers(None, scores[None])  # type: ignore[arg-type]
+            weights = warped.softmax(-1)
             token = int(torch.multinomial(weights, 1, generator=self.generator))
         count = self.sampling.logprobs
         if count is None:
