@@ -354,6 +354,10 @@ def test_tasks_are_found_by_name(rows) -> None:
     assert {Path(folder).name for folder in folders_of("minerva_math")} >= {"minerva_math"}
     (task,) = load_tasks(["gsm8k_cot"], rows, PRESETS["retrofit"].lists[1].changes)
     assert task.doc_to_text({"question": "why"}) == "Q: why\nA: Let's think step by step."
+    (task,) = load_tasks(["gsm8k_cot"], rows)
+    task.set_config(key="num_fewshot", value=1)
+    task.build_all_requests(limit=1)
+    assert "15 trees" in task.instances[0].args[0]  # the task's own example, not a row of the file
 
 
 def test_a_preset_asks_in_a_chat(models, rows, tmp_path) -> None:
