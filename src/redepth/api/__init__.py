@@ -7,7 +7,7 @@ from redepth.checkpoint.folder import DEFAULT_SHARD_SIZE
 from redepth.surgery.plan import DEFAULT_ADAPTER, DEFAULT_STATE, GROUPS
 from redepth.surgery.presets import PRESETS
 
-from .making import Converted, Created, convert, create, plan
+from .making import Converted, Created, convert, create, plan, quantize
 from .measuring import analyze, calibrate, evaluate, inspect, load, load_tokenizer, read_config, verify
 from .training import heal, plan_healing, retrofit
 
@@ -30,6 +30,7 @@ __all__ = [
     "load_tokenizer",
     "plan",
     "plan_healing",
+    "quantize",
     "read_config",
     "retrofit",
     "verify",
