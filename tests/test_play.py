@@ -335,7 +335,9 @@ def test_pictures_for_the_docs(browser) -> None:
             fill(page, "#prompt textarea", "Why is the sky blue?")
             fill(page, "#depth-A input[type=number]", "12")
             page.click("#test-A input")
-            page.get_by_role("option", name="latent-diff").click()
+            page.get_by_role("option", name="kl", exact=True).click()
+            page.locator("#side-A").get_by_label("Threshold").fill("0.0003")
+            page.keyboard.press("Tab")
             if name == "play-text.png":
                 page.check("#compare input")
                 fill(page, "#depth-B input[type=number]", "1")

@@ -191,9 +191,9 @@ class Page:
             batch = Batch(self.models[0].limits.seconds)
             sides = []
             for served, policy, ids in wanted:
-                room = served.room_for(ids, None)
+                room = served.room_for(ids, None, int(new_tokens))
                 sampling = Sampling(
-                    max_new_tokens=min(int(new_tokens), room, example.new_tokens if example is not None else room),
+                    max_new_tokens=min(room, example.new_tokens if example is not None else room),
                     temperature=float(temperature),
                     seed=int(seed),
                 )

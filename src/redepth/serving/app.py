@@ -143,7 +143,7 @@ def create_app(served: Served, api_key: str | None = None) -> FastAPI:
         for prompt in prompts:
             for choice in range(choices):
                 sampling = Sampling(
-                    max_new_tokens=served.room_for(prompt, most, named),
+                    max_new_tokens=served.room_for(prompt, most, body.usual_tokens, named),
                     temperature=1.0 if body.temperature is None else body.temperature,
                     top_p=1.0 if body.top_p is None else body.top_p,
                     seed=(seed + choice) % 2**32,

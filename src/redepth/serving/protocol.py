@@ -6,7 +6,7 @@ accepted at the value that asks for nothing (`NEUTRAL`); one that changes no ans
 """
 
 import difflib
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -55,10 +55,13 @@ class Asked(BaseModel):
     """Fields that both kinds of request share."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    usual_tokens: ClassVar[int]  # the longest answer where no length is asked for
     _ignored: tuple[str, ...] = PrivateAttr(())
 
     model: str = Field(description="Name of the served model.")
-    max_tokens: int | None = Field(None, ge=1, description="Maximum number of new tokens.")
+    max_tokens: int | None = Field(
+        None, ge=1, description="Maximum number of new tokens; 512 in a chat and 16 in a completion by default."
+    )
     temperature: float | None = Field(None, ge=0, le=2, description="0 always takes the likeliest token; 1 by default.")
     top_p: float | None = Field(None, gt=0, le=1, description="Sample from the likeliest tokens with this mass.")
     n: int | None = Field(None, ge=1, le=MOST_CHOICES, description="How many answers; the seed of each is one higher.")
@@ -159,6 +162,8 @@ class Message(BaseModel):
 class ChatAsked(Asked):
     """The body of /v1/chat/completions."""
 
+    usual_tokens = 512
+
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, description="Another name of max_tokens.")
     logprobs: bool | None = None
@@ -177,6 +182,8 @@ class ChatAsked(Asked):
 
 class CompletionAsked(Asked):
     """The body of /v1/completions."""
+
+    usual_tokens = 16  # as OpenAI's
 
     prompt: str | list[str] | list[int] | list[list[int]] = Field(
         min_length=1, description="Text or token ids, or a list of either."

@@ -133,8 +133,8 @@ class Served:
             raise Refusal(f"token id {strange} is none of this model's, 0 to {vocabulary - 1}", param=param)
         return list(ids)
 
-    def room_for(self, prompt: Sequence[int], asked: int | None, param: str = "max_tokens") -> int:
-        """How many tokens an answer may have; as many as there is room for where nothing is asked.
+    def room_for(self, prompt: Sequence[int], asked: int | None, usual: int, param: str = "max_tokens") -> int:
+        """How many tokens an answer may have: what is asked, or `usual`, as far as the model has room.
 
         Raises:
             Refusal: for more than the limit.
@@ -145,7 +145,7 @@ class Served:
             )
         # The last token is not run, so it needs no room.
         left = self.model.config.block_size + 1 - len(prompt)
-        return min(asked or self.limits.new_tokens, self.limits.new_tokens, left)
+        return min(asked or usual, self.limits.new_tokens, left)
 
 
 def _named_in(error: Exception, keywords: dict[str, Any]) -> str | None:
