@@ -36,13 +36,16 @@ class PackedLinears:
         gains = torch.backends.mkldnn.is_available() and all(
             linear.weight.device.type == "cpu" and linear.weight.dtype == torch.float32 for linear in linears
         )
-        self.forwards = [(linear, packed_forward(linear)) for linear in linears] if gains else []
+        # A layer's own `forward` is a method, which a type checker lets nobody replace.
+        self.forwards: list[tuple[Any, Callable[[torch.Tensor], torch.Tensor]]] = []
+        if gains:
+            self.forwards = [(linear, packed_forward(linear)) for linear in linears]
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """While it lasts, the model multiplies with the packed weights."""
         for linear, forward in self.forwards:
-            linear.forward = forward  # type: ignore[method-assign]
+            linear.forward = forward
         try:
             yield
         finally:
