@@ -4,8 +4,8 @@
     python benchmarks/decode.py OUT --peer OUT --json decode.json
     python benchmarks/decode.py --threads 1 --clock cpu           # on a busy machine
 
-`redepth` is one forward call that continues a cache; `generate` is what a token costs inside `generate`, sampling and
-stopping included. Floor and both take turns token by token. `--peer` times forward calls of the modelling files in a folder
+`redepth` is one forward call that continues a cache, `compiled` the same with a compiled core; `generate` is what a token
+costs inside `generate`, sampling and stopping included. Floor and both take turns token by token. `--peer` times forward calls of the modelling files in a folder
 (published ones, or those that redepth exported) in a process of its own, on the same weights.
 """
 
@@ -77,16 +77,29 @@ class FloorBetween:
         """Nothing is left to print."""
 
 
+def with_compiled_core(model: RecurrentDepthForCausalLM, run: Callable[[], Any]) -> None:
+    model.transformer.core_is_compiled = True
+    run()
+    model.transformer.core_is_compiled = False
+
+
 def measure(
-    model: RecurrentDepthForCausalLM, batch: int, context: int, num_steps: int, tokens: int, clock: str
+    model: RecurrentDepthForCausalLM, batch: int, context: int, num_steps: int, tokens: int, clock: str, compiled: bool
 ) -> dict[str, Any]:
-    """One case: milliseconds a token, medians and quartiles, and medians as multiples of the floor."""
-    ids = torch.randint(3, model.config.vocab_size, (batch, context), generator=torch.Generator().manual_seed(0))
+    """One case: milliseconds a token, medians and quartiles, and medians as multiples of the floor.
+
+    The rows of a batch hold the same text, whose prefill is run once.
+    """
+    ids = torch.randint(3, model.config.vocab_size, (1, context), generator=torch.Generator().manual_seed(0))
     floor = products(model, batch, num_steps, batch)
     with torch.inference_mode():
         cache = model(ids, num_steps=num_steps, use_cache=True, logits_to_keep=1).past_key_values
-        cached = {"past_key_values": cache, "num_steps": num_steps, "logits_to_keep": 1}
-        times = in_turns({"redepth": lambda: model(ids[:, :1], **cached), "floor": floor}, tokens, clock)
+        cache.batch_repeat_interleave(batch)
+        token, cached = ids[:, :1].expand(batch, -1), {"past_key_values": cache, "num_steps": num_steps}
+        runs = {"redepth": lambda: model(token, **cached), "floor": floor}
+        if compiled:
+            runs["compiled"] = lambda: with_compiled_core(model, lambda: model(token, **cached))
+        times = in_turns(runs, tokens, clock)
     between = FloorBetween(floor, clock)
     streamer = between if batch == 1 else None  # generate streams no batches
     if streamer is not None:
@@ -95,6 +108,8 @@ def measure(
         times["generate"] = spread(between.times["generate"])
     case = {"batch": batch, "context": context, "num_steps": num_steps, **times}
     case["of_floor"] = round(times["redepth"]["median"] / times["floor"]["median"], 3)
+    if compiled:
+        case["compiled_of_floor"] = round(times["compiled"]["median"] / times["floor"]["median"], 3)
     if streamer is not None:
         own_floor = spread(between.times["floor"])["median"]
         case["generate_of_floor"] = round(times["generate"]["median"] / own_floor, 3)
@@ -136,12 +151,23 @@ def measure_peer(
 
 def table_of(results: list[dict[str, Any]], title: str) -> Table:
     table = Table(title=title)
-    for column in ("batch", "context", "r", "floor ms", "redepth ms", "of floor", "generate ms", "of floor", "peer ms"):
+    for column in (
+        "batch",
+        "context",
+        "r",
+        "floor ms",
+        "redepth ms",
+        "of floor",
+        "generate",
+        "of floor",
+        "compiled",
+        "of floor",
+        "peer",
+    ):
         table.add_column(column, justify="right")
     for case in results:
-        shown = {
-            name: f"{case[name]['median']:.1f}" for name in ("floor", "redepth", "generate", "peer") if name in case
-        }
+        times = ("floor", "redepth", "generate", "compiled", "peer")
+        shown = {name: f"{case[name]['median']:.1f}" for name in times if name in case}
         table.add_row(
             str(case["batch"]),
             f"{case['context']:,}",
@@ -151,6 +177,8 @@ def table_of(results: list[dict[str, Any]], title: str) -> Table:
             f"{case['of_floor']:.2f} ×",
             shown.get("generate", ""),
             f"{case['generate_of_floor']:.2f} ×" if "generate_of_floor" in case else "",
+            shown.get("compiled", ""),
+            f"{case['compiled_of_floor']:.2f} ×" if "compiled_of_floor" in case else "",
             shown.get("peer", ""),
         )
     return table
@@ -166,6 +194,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, nargs="+", default=[80, 1_056])
     parser.add_argument("--num-steps", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--tokens", type=int, default=24, help="timed tokens in each case")
+    parser.add_argument("--compile-core", action="store_true", help="time it with a compiled core as well")
     parser.add_argument("--peer", type=Path, help="a folder with other modelling files to time on the same weights")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, for a busy machine")
@@ -176,11 +205,15 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     model = model_of(options.folder, tuple(options.layers), options.seed)
     console, results = Console(width=120), []
+    if options.compile_core and not model.compile_core():
+        raise SystemExit("--compile-core needs a compiler; leave it out")
+    model.transformer.core_is_compiled = False
     cases = [(b, c, r) for b in options.batch for c in options.context for r in options.num_steps]
     with console.status("decoding"):
         for case in cases:
-            results.append(measure(model, *case, options.tokens, options.clock))
-            console.print(f"batch {case[0]}, context {case[1]}, r = {case[2]}: {results[-1]['of_floor']} × floor")
+            results.append(measure(model, *case, options.tokens, options.clock, options.compile_core))
+            ratios = {name: value for name, value in results[-1].items() if name.endswith("of_floor")}
+            console.print(f"batch {case[0]}, context {case[1]}, r = {case[2]}: {ratios}")
     if options.peer is not None:
         with TemporaryDirectory() as scratch:
             weights = options.folder

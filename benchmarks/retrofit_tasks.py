@@ -38,12 +38,11 @@ from redepth.surgery.convert import plan_conversion
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "smollm2-135m-roots.yaml"
 CONVERTED = "converted"  # what every run starts from; at r = 1 it is the source
-DEPTHS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12)
-STEPS_SHOWN = (1, 2, 4, 6, 8, 10)
+DEPTHS = (1, 2, 4, 6, 8, 10)
 TEXT_DEPTHS = (1, 2, 4, 8)
-TEXT_ROWS, TEXT_LENGTH = 4, 256  # of each source of the held-out text
-PROBLEMS, QUESTIONS = 64, 16  # of each split, and in each problem
-SCRATCHPADS = 256  # problems of each split, of one question each
+TEXT_ROWS, TEXT_LENGTH = 2, 256  # of each source of the held-out text
+PROBLEMS, QUESTIONS = 48, 16  # of each split, and in each problem
+SCRATCHPADS = 128  # problems of each split, of one question each
 CRITERION, THRESHOLD = "kl", 0.05
 
 
@@ -76,7 +75,9 @@ RUNS = {
     "static-flops": Run("no recurrence, the same layers trained, same FLOPs", STATIC, flops_of="looped"),
     "static-all": Run("no recurrence, all layers trained, same tokens", STATIC | {"train": "all"}),
     "scratchpad": Run(
-        "no recurrence, the same layers trained, intermediate results written out, same tokens", STATIC, scratchpad=True
+        "no recurrence, the same layers trained, intermediate results written out, fewer tokens",
+        STATIC | {"max_steps": 160},
+        scratchpad=True,
     ),
 }
 
@@ -202,7 +203,6 @@ def run_one(name: str, options: argparse.Namespace) -> None:
     began = time.process_time()
     if not (folder / HEALING_FILE).exists():
         heal(converted, recipe, out=folder, on_progress=lambda at: tell(name, at, began))
-    healed = time.process_time() - began
     record = json.loads((folder / HEALING_FILE).read_text())
     task = task_of(recipe)
     found: dict[str, Any] = {
@@ -211,7 +211,6 @@ def run_one(name: str, options: argparse.Namespace) -> None:
         "updates": record["steps"],
         "tokens": record["tokens"],
         "training_flops": flops_of_steps(folder, recipe, num_steps_of(folder, recipe)),
-        "processor_seconds_healing": healed,
         "parameters": count_parameters(read_config(folder)[0]).by_part(),
         "text": text_losses(folder, Path(options.validation)),
     }
@@ -219,19 +218,31 @@ def run_one(name: str, options: argparse.Namespace) -> None:
         model = load(folder, "bfloat16").eval()
         found["measured"] = accuracy_of_scratchpads(model, load_tokenizer(folder), task, lambda: None)
     else:
-        looped = name == "looped"
-        found["measured"] = evaluate_task(
-            folder,
-            task.spec,
-            DEPTHS if looped else (1,),
-            CRITERION if looped else None,
-            THRESHOLD,
-            limit=PROBLEMS,
-            questions=QUESTIONS,
-            seed=1,
-            dtype="bfloat16" if has_bf16() else "float32",
-        ).as_dict()
+        found["measured"] = measured(folder, task, DEPTHS if name == "looped" else (1,))
     write_json(file, found)
+
+
+def measured(folder: Path, task: ArrayTask, num_steps: tuple[int, ...], criterion: str | None = None) -> dict[str, Any]:
+    return evaluate_task(
+        folder,
+        task.spec,
+        num_steps,
+        criterion,
+        THRESHOLD,
+        limit=PROBLEMS,
+        questions=QUESTIONS,
+        seed=1,
+        dtype="bfloat16" if has_bf16() else "float32",
+    ).as_dict()
+
+
+def measure_exits(out: Path) -> None:
+    """Adaptive exit of the looped model, unless that is done."""
+    file = out / "looped-exits.json"
+    if not file.exists():
+        task = open_task(json.loads((out / "looped.json").read_text())["task"])
+        assert isinstance(task, ArrayTask)
+        write_json(file, measured(out / "looped", task, DEPTHS[-1:], CRITERION))
 
 
 def over(found: dict[str, Any], steps: int, least: int, most: int) -> tuple[float, float] | None:
@@ -273,7 +284,7 @@ def tables(out: Path) -> str:
         f"| the source | | | | | | {source:.3f} | | |",
     ]
     for name, found in runs.items():
-        for steps in STEPS_SHOWN if name == "looped" else (1,):
+        for steps in DEPTHS if name == "looped" else (1,):
             first = steps == 1
             cells = [f"`{name}`: {RUNS[name].means}" if first else "", str(steps)]
             for least, limit in ((1, most // 2), (most // 2 + 1, most), (most + 1, hardest)):
@@ -285,21 +296,27 @@ def tables(out: Path) -> str:
             cells += [str(found["updates"]), f"{found['training_flops'] / 1e12:.0f}"] if first else ["", ""]
             rows.append("| " + " | ".join(cells) + " |")
     measured = looped["measured"]
-    exits = measured["exits"]
+    file = out / "looped-exits.json"
+    exits = json.loads(file.read_text())["exits"] if file.exists() else None
     grid = [
-        "| difficulty | answers | " + " | ".join(f"r = {steps}" for steps in DEPTHS) + " | exit step | right at exit |",
-        "| --- | --- |" + " --- |" * (len(DEPTHS) + 2),
+        "| difficulty | answers | "
+        + " | ".join(f"r = {steps}" for steps in DEPTHS)
+        + (" | exit step | right at exit |" if exits else " |"),
+        "| --- | --- |" + " --- |" * (len(DEPTHS) + (2 if exits else 0)),
     ]
     for number, level in enumerate(measured["difficulties"]):
         cells = [f"{100 * value:.0f}" for value in measured["accuracy"][number]]
-        cells += [f"{exits['mean_steps'][number]:.2f}", f"{100 * exits['accuracy'][number]:.0f}"]
+        if exits:
+            cells += [f"{exits['mean_steps'][number]:.2f}", f"{100 * exits['accuracy'][number]:.0f}"]
         star = "" if level <= most else " *"
         grid.append(f"| {level}{star} | {measured['answers'][number]} | " + " | ".join(cells) + " |")
-    said = (
-        f"Adaptive exit (`{CRITERION}` below {THRESHOLD}, at most {DEPTHS[-1]} steps): {100 * exits['overall']:.1f} % right over "
-        f"all, against {100 * exits['overall_fixed']:.1f} % at r = {DEPTHS[-1]} for every token; Spearman of difficulty and steps "
-        f"{exits['spearman']:.2f}. * not trained."
-    )
+    said = "* not trained."
+    if exits:
+        said = (
+            f"Adaptive exit (`{CRITERION}` below {THRESHOLD}, at most {DEPTHS[-1]} steps): {100 * exits['overall']:.1f} % right over "
+            f"all, against {100 * exits['overall_fixed']:.1f} % at r = {DEPTHS[-1]} for every token; Spearman of difficulty and steps "
+            f"{exits['spearman']:.2f}. * not trained."
+        )
     return "\n".join([*rows, "", *grid, "", said])
 
 
@@ -324,6 +341,8 @@ def main() -> None:
         write_json(options.out / f"{CONVERTED}.json", text_losses(converted, Path(options.validation)))
     for name in options.only:
         run_one(name, options)
+    if options.only == list(RUNS):
+        measure_exits(options.out)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from tests.zoo import random_ids
 
 CHUNK = 5
 HUGINN = Path(__file__).parent / "golden" / "huginn-tiny"
-NAMES = ("gemma2", "gemma3", "llama", "mistral", "olmo2", "smollm3", "huginn", "skip-adapter")
+NAMES = ("gemma2", "gemma3", "llama", "mistral", "olmo2", "smollm3", "huginn", "skip-adapter", "gate")
 # Thresholds at which tokens of the tiny models leave at different steps.
 MIDDLING = {"kl": 3e-4, "latent-diff": 0.03, "argmax-stability": 2}
 
@@ -30,8 +30,9 @@ def make(zoo: dict[str, Path], name: str) -> RecurrentDepthForCausalLM:
     if name == "huginn":
         return load(HUGINN)
     state = name if name == "skip-adapter" else "noise"
-    source = zoo["qwen2" if name == "skip-adapter" else name]
-    model = plan_conversion(source, "0:2", "2:4", "5:6", adapter="blend:0.4").model()
+    source = zoo.get(name, zoo["qwen2"])
+    adapter = "gate:0.4" if name == "gate" else "blend:0.4"
+    model = plan_conversion(source, "0:2", "2:4", "5:6", adapter=adapter).model()
     model.config.initial_state_mode = state
     model.config.state_std = 1.0
     return model
@@ -176,7 +177,7 @@ def test_sampled_tokens_are_those_of_a_seeded_generate(models) -> None:
 
 
 def test_a_state_carried_over_is_that_of_generate(models) -> None:
-    for name in ("huginn", "skip-adapter"):
+    for name in ("huginn", "skip-adapter", "gate"):
         engine = Engine(models[name])
         request = submit(engine, continuous_compute=True, num_steps=2)
         run(engine, request, submit(engine, seed=1, num_steps=5))

@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 import redepth
 from redepth import RedepthError
 from redepth.cli import app
+from redepth.evaluation.across_depths import Settings, evaluate_across_depths
 from redepth.evaluation.answers import Answer, Answers
-from redepth.evaluation.presets import PRESETS, narrowed
+from redepth.evaluation.presets import PRESETS, TaskList, narrowed
 from redepth.evaluation.scores import paired
 from redepth.evaluation.texts import TextSpec
 from tests.test_healing import byte_tokenizer
@@ -233,15 +234,17 @@ def test_a_killed_run_asks_nothing_twice(found, models, rows, tmp_path, monkeypa
 
 
 def test_texts_are_those_of_generate(models, rows, tmp_path) -> None:
-    arguments = {"num_steps": (1, 3), "data_dir": rows, "limit": 3, "num_fewshot": 0, "batch_size": 1}
-    found = redepth.evaluate(models / "recurrent", ["gsm8k"], **arguments, out=tmp_path / "out")
+    short = {"gsm8k": {"generation_kwargs": {"until": ["Question:"], "do_sample": False, "max_gen_toks": 9}}}
+    asked = TaskList(("gsm8k",), num_fewshot=0, changes=short)
+    settings = Settings((1, 3), limit=3, data_dir=rows, batch_size=1)
+    found = evaluate_across_depths(str(models / "recurrent"), [asked], [], settings, tmp_path / "out")
     model, tokenizer = redepth.load(models / "recurrent"), byte_tokenizer()
     content = [json.loads(line) for line in (rows / "gsm8k.jsonl").read_text().splitlines()][:3]
     for steps in (1, 3):
         tokens, texts = 0, []
         for row in content:
             ids = tokenizer(f"Question: {row['question']}\nAnswer:", return_tensors="pt")["input_ids"]
-            made = model.generate(ids, num_steps=steps, max_new_tokens=256, do_sample=False)
+            made = model.generate(ids, num_steps=steps, max_new_tokens=9, do_sample=False)
             tokens += made.shape[1] - 1
             texts.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).partition("Question:")[0])
         score = next(score for score in found.scores if score.depth == f"r={steps}")
@@ -351,6 +354,10 @@ def test_tasks_are_found_by_name(rows) -> None:
     assert {Path(folder).name for folder in folders_of("minerva_math")} >= {"minerva_math"}
     (task,) = load_tasks(["gsm8k_cot"], rows, PRESETS["retrofit"].lists[1].changes)
     assert task.doc_to_text({"question": "why"}) == "Q: why\nA: Let's think step by step."
+    (task,) = load_tasks(["gsm8k_cot"], rows)
+    task.set_config(key="num_fewshot", value=1)
+    task.build_all_requests(limit=1)
+    assert "15 trees" in task.instances[0].args[0]  # the task's own example, not a row of the file
 
 
 def test_a_preset_asks_in_a_chat(models, rows, tmp_path) -> None:
@@ -363,10 +370,8 @@ def test_a_preset_asks_in_a_chat(models, rows, tmp_path) -> None:
 
 
 def test_prompts_that_do_not_fit_are_refused(models, rows, tmp_path) -> None:
-    with pytest.raises(RedepthError, match=r"task 'gsm8k', document 0: \d+ tokens, 256 of them for the answer"):
-        redepth.evaluate(
-            models / "recurrent", ["gsm8k"], num_fewshot=4, data_dir=rows, num_steps=(1,), out=tmp_path / "out"
-        )
+    with pytest.raises(RedepthError, match=r"task 'gsm8k_cot', document 0: \d+ tokens, 256 of them for the answer"):
+        redepth.evaluate(models / "recurrent", ["gsm8k_cot"], data_dir=rows, num_steps=(1,), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -127,7 +127,7 @@ def test_a_retrofit_ends_in_a_report(recipe_file: Path, tmp_path: Path) -> None:
     redepth.retrofit(recipe_file, out, on_progress=lambda record: parts.append(record.part))
     assert parts[-1] == "report"
     report = (out / "report.html").read_text()
-    assert "<html" in report and "http://" not in report.replace("http://www.w3.org", "")
+    assert "<html" in report and out.name in report
     assert (out / "healing.png").read_bytes().startswith(b"\x89PNG")
     assert {"report.html", "healing.png"} <= set(json.loads((out / ".redepth.json").read_text())["files"])
     written = (out / "report.html").stat().st_mtime_ns

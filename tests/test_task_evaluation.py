@@ -188,7 +188,7 @@ def test_the_command(trained, tmp_path):
     assert written["task"] == SPEC and len(written["exits"]["mean_steps"]) == 5
     assert [file.suffix for file in tmp_path.glob("roots*")] == [".png"]
     as_json = CliRunner().invoke(app, [*words[:6], "--json"])
-    assert json.loads(as_json.stdout)[0]["accuracy"] == written["accuracy"]
+    assert json.loads(as_json.stdout)["tasks_by_difficulty"][0]["accuracy"] == written["accuracy"]
 
 
 @pytest.mark.parametrize(

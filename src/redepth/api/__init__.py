@@ -7,7 +7,7 @@ from redepth.checkpoint.folder import DEFAULT_SHARD_SIZE
 from redepth.surgery.plan import DEFAULT_ADAPTER, DEFAULT_STATE, GROUPS
 from redepth.surgery.presets import PRESETS
 
-from .making import Converted, Created, convert, create, plan
+from .making import Converted, Created, convert, create, plan, quantize
 from .measuring import analyze, calibrate, evaluate, inspect, load, load_tokenizer, read_config, verify
 from .serving import DRAIN_SECONDS, LOOPBACK, MAX_ROWS, MAX_TOKENS, play, serve
 from .sharing import plan_publication, publish
@@ -39,6 +39,7 @@ __all__ = [
     "plan_publication",
     "play",
     "publish",
+    "quantize",
     "read_config",
     "retrofit",
     "serve",

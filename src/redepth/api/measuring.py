@@ -293,7 +293,8 @@ def load(
         name: folder or hub id.
         dtype: `auto` (as saved), a torch dtype or its name.
         device: where to put it; `auto` takes a GPU where there is one.
-        options: `revision`, `device_map`, `quantization_config` and `attn_implementation`, as transformers takes them.
+        options: `revision`, `device_map` and `attn_implementation`, as transformers takes them; `quantization`, `int8`,
+            `int8-weight-only`, `int4` or a configuration, to quantise the core as it is loaded.
 
     Raises:
         RedepthError: where there is no such checkpoint, it is of another kind, its weights don't fit or are not numbers,

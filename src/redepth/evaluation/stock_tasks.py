@@ -96,7 +96,8 @@ def local_changes(name: str, rows: Path) -> dict[str, Any]:
         "training_split": None,
         "validation_split": SPLIT,
         "test_split": None,
-        "fewshot_split": SPLIT,
+        # A task that brings its own examples takes them only where no split is named.
+        "fewshot_split": None if re.search(r"^ +samples:", task_texts()[task_files()[name]], re.MULTILINE) else SPLIT,
         **OWN_KEYS.get(name, {}),
     }
 

@@ -40,6 +40,9 @@ def eager_attention(
     return (weights @ value.repeat_interleave(groups, dim=1)).transpose(1, 2), weights
 
 
+QUERIES_AT_ONCE = 256  # where a mask is needed: only so many rows of it are ever written out
+
+
 def attention_map(
     layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
@@ -70,10 +73,32 @@ def processor_attention(
         side_by_side = query.reshape(batch, groups, heads // groups, width)
         mixed = F.scaled_dot_product_attention(side_by_side, key, value, attn_mask=mask, scale=scaling)
         return mixed.reshape(batch, 1, heads, width)
+    if mask is None and key.shape[2] > tokens:
+        return _after_a_past(query, key, value, scaling)
     mixed = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=groups != heads
     )
     return mixed.transpose(1, 2)
+
+
+def _after_a_past(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Causal attention of the last tokens of a text, `[B, T, H, K]`, in blocks that do not read the keys after them."""
+    past = key.shape[2] - query.shape[2]
+    mixed = []
+    for start in range(0, query.shape[2], QUERIES_AT_ONCE):
+        queries = query[:, :, start : start + QUERIES_AT_ONCE]
+        rows, end = queries.shape[2], past + start + queries.shape[2]
+        seen = torch.ones(rows, end, dtype=torch.bool, device=query.device).tril(end - rows)
+        part = F.scaled_dot_product_attention(
+            queries,
+            key[:, :, :end],
+            value[:, :, :end],
+            attn_mask=seen,
+            scale=scaling,
+            enable_gqa=key.shape[1] != query.shape[1],
+        )
+        mixed.append(part.transpose(1, 2))
+    return torch.cat(mixed, dim=1)
 
 
 def attend(

@@ -108,6 +108,10 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, RecurrentDepthGen
         """Coda and head on a state `[B, T, D]` on its way, as if the loop ended here: `[B, T, V]`."""
         return self.logits(self.transformer.run_coda(state, context)[1])
 
+    def compile_core(self) -> bool:
+        """See `RecurrentStack.compile_core`."""
+        return self.transformer.compile_core()
+
     def embed_inputs(
         self,
         input_ids: torch.Tensor,

@@ -45,7 +45,7 @@ class PassContext:
 
     masks: dict[str, Any]
     rotations: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    cache: RecurrentDepthCache | None
+    cache: Any  # a RecurrentDepthCache, or what stands in for one within a compiled pass
     position_ids: torch.Tensor
     attention: str
     subset: TokenSubset | None = None
@@ -54,6 +54,7 @@ class PassContext:
     continued: bool | torch.Tensor = False
     watchers: tuple[Any, ...] = ()
     attend: Callable[..., torch.Tensor] | None = None
+    _places: torch.Tensor | None = field(default=None, init=False, repr=False, compare=False)
     # Copies on other devices, so that a model spread over several moves each context there once.
     _elsewhere: dict[torch.device, "PassContext"] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -74,6 +75,12 @@ class PassContext:
             }
             self._elsewhere[device] = PassContext(**kept, **moved)
         return self._elsewhere[device]
+
+    def new_places(self) -> torch.Tensor:
+        """The places of a single new token a row in the cache's storage, `[1]`; the same tensor at every step."""
+        if self._places is None:
+            self._places = torch.tensor([self.cache.get_seq_length()], device=self.position_ids.device)
+        return self._places
 
     def watched(self, part: str, layer: int | None, step: int, value: torch.Tensor) -> torch.Tensor:
         """The value with which the pass continues: the part's own, unless a watcher replaces it."""
@@ -260,7 +267,10 @@ def pass_context(
         documents = None
     elif documents is not None:
         mask_inputs["allow_is_causal_skip"] = False
-    masks = {kind: MASK_MAKERS[kind](**mask_inputs) for kind in attention_types}
+    plain = set()
+    if not whole_masks and documents is None and starts is None:
+        plain = {kind for kind in attention_types if _needs_no_mask(config, kind, attention_mask, hidden, past)}
+    masks = {kind: None if kind in plain else MASK_MAKERS[kind](**mask_inputs) for kind in attention_types}
     if documents is not None:
         masks = {kind: _within_documents(mask, documents) for kind, mask in masks.items()}
     return PassContext(
@@ -271,6 +281,20 @@ def pass_context(
         attention=config._attn_implementation,
         reading=reading,
     )
+
+
+def _needs_no_mask(
+    config: RecurrentDepthConfig, kind: str, attention_mask: torch.Tensor | None, hidden: torch.Tensor, past: int
+) -> bool:
+    """Whether attention of this kind over new tokens `hidden` `[B, T, D]` is plainly causal, which sdpa knows by itself."""
+    tokens = hidden.shape[1]
+    if config._attn_implementation != "sdpa" or is_tracing(hidden):
+        return False
+    if kind == "sliding_attention" and past + tokens > config.sliding_window:
+        return False
+    # Elsewhere than on a processor torch's kernels take the first key for the first query's own.
+    knows = tokens == 1 or past == 0 or hidden.device.type == "cpu"
+    return knows and (attention_mask is None or (attention_mask.ndim == 2 and surely(attention_mask.all())))
 
 
 def ragged_context(

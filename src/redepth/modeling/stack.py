@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 
 from .blocks import Block, norm
 from .cache import RecurrentDepthCache
+from .compiled import can_be_compiled, compiled_core_pass, compiler_works
 from .configuration import RecurrentDepthConfig
 from .errors import UserError
 from .passes import PassContext, check_cache, pass_context
@@ -76,6 +77,8 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
         self.ln_f = norm(config, config.n_embd)
         # Training: keep only the states between steps, and run each step again in the backward pass.
         self.checkpoint_steps = False
+        # Set by `compile_core`.
+        self.core_is_compiled = False
         # Each is told of every `forward` before it runs (`start_pass`), and called with (part, layer, step, value,
         # context)
         # as the parts are computed; what it returns takes the value's place. A layer is counted over the whole
@@ -95,6 +98,18 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.wte = value  # type: ignore[assignment]
+
+    def compile_core(self) -> bool:
+        """Let torch.compile make few kernels of the core's pass over one new token a row.
+
+        The first such pass takes some seconds to half a minute, one more where the batch changes between one row and
+        several; from then on neither longer texts nor other depths compile again.
+
+        Returns:
+            whether it can be done; without a C++ compiler one line says so, and everything runs as before.
+        """
+        self.core_is_compiled = compiler_works(self.device)
+        return self.core_is_compiled
 
     def context(
         self,
@@ -167,6 +182,16 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
         context = context.to(state.device).without_skipped(step, *state.shape[:2])
         embedded = embedded.to(state.device)
         skips = self.config.initial_state_mode == "skip-adapter" and step == 1
+        if self.core_is_compiled and record is None and not skips and can_be_compiled(context, state):
+            first = self.config.n_layers_in_prelude
+            stored = context.cache.open_step(range(first, first + len(self.core_block)), step, state.shape[1])
+            if stored is not None:
+                places = context.new_places()
+                # Two arguments in the same memory would be a graph of its own.
+                state = state.clone() if state is embedded else state
+                return compiled_core_pass(
+                    self, embedded, state, stored, places, context.masks, context.rotations, context.attention
+                )
         if skips and context.continued is False:
             injected = embedded
         else:

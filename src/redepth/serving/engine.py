@@ -243,12 +243,10 @@ class Engine:
         state = torch.cat([row.state[row.active] if row.count > 1 else row.state for row in running])[None]
         parts = [row.begin_step() for row in running]
         counts = [len(row.active) for row in running]
-        continued = None
-        if self.config.initial_state_mode == "skip-adapter":
-            flags = [row.step > 1 or not row.starts_fresh for row in running for _ in range(len(row.active))]
-            continued = torch.tensor([flags], device=state.device)
+        past_first = [row.step > 1 or not row.starts_fresh for row in running for _ in range(len(row.active))]
+        continued = torch.tensor([past_first], device=state.device)
         context = self._context(parts, self.planes.core, self.planes.prelude, continued)
-        # Only `skip-adapter` asks which step it is, and `continued` tells it.
+        # Only a first step is unlike the others, and `continued` tells which tokens are past it.
         moved = self.stack.step(embedded, state, context, 1)[0].split(counts)
         self.steps_done += sum(counts)
         for row, states in zip(running, moved, strict=True):
