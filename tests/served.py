@@ -41,7 +41,7 @@ def running(served: Served, api_key: str | None = None) -> Iterator[str]:
     """The server's address; it is drained at the end of the block."""
     taken = listen("127.0.0.1", 0)
     server = uvicorn.Server(
-        uvicorn.Config(create_app(served, api_key), log_level="warning", timeout_graceful_shutdown=5)
+        uvicorn.Config(create_app(served, api_key), log_level="warning", timeout_graceful_shutdown=60)
     )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]}, daemon=True)
     thread.start()
@@ -50,7 +50,7 @@ def running(served: Served, api_key: str | None = None) -> Iterator[str]:
         yield address(taken)
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(90)
         assert not thread.is_alive()
 
 

@@ -25,7 +25,9 @@ VERBS |= {
     "inspect": api.inspect,
     "new": api.create,
     "analyze": api.analyze,
+    "play": api.play,
     "publish": api.publish,
+    "serve": api.serve,
 }
 
 

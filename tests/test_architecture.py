@@ -65,9 +65,9 @@ ORDER: dict[str, int] = {
     "analysis": 5,
     "healing": 5,
     "serving": 5,
-    "play": 5,
-    "api": 6,
-    "cli": 7,
+    "play": 6,
+    "api": 7,
+    "cli": 8,
 }
 MOST_LINES = 400
 

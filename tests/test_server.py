@@ -423,7 +423,7 @@ def test_the_end_drains(model) -> None:
         found: list[Any] = [first]
         thread = threading.Thread(target=lambda: found.extend(stream))
         thread.start()
-    thread.join(20)
+    thread.join(90)
     assert found[-1].choices[0].finish_reason in ("stop", "length")
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/health")

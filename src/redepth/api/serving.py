@@ -22,7 +22,12 @@ def serve(
     api_key: str | None = None,
     max_rows: int = MAX_ROWS,
     max_tokens: int = MAX_TOKENS,
-    limits: dict[str, Any] | None = None,
+    max_prompt_tokens: int | None = None,
+    max_new_tokens: int | None = None,
+    max_num_steps: int | None = None,
+    max_body_bytes: int | None = None,
+    max_queue: int | None = None,
+    max_seconds: float | None = None,
     drain_seconds: float = DRAIN_SECONDS,
     dtype: str = "auto",
     device: "str | torch.device" = "auto",
@@ -36,7 +41,8 @@ def serve(
         name: of the model in requests; the folder's by default.
         api_key: what requests must carry; None lets everyone in.
         max_rows, max_tokens: requests that run at a time, and the room for their keys and values; see `Engine`.
-        limits: what is accepted, by the names of `Limits`.
+        max_prompt_tokens, max_new_tokens, max_num_steps, max_body_bytes, max_queue, max_seconds: what is accepted, see
+            `Limits`, which has the defaults.
         drain_seconds: how long answers under way may take when the server is told to end.
         on_start: called with (model's name, address) when the server takes requests.
 
@@ -47,12 +53,19 @@ def serve(
 
     for package in ("fastapi", "uvicorn", "prometheus_client"):
         require(package, "serve")
-    from redepth.serving.limits import Limits
+    from redepth.serving.limits import limits_from
     from redepth.serving.served import Served
     from redepth.serving.server import serve as run
     from redepth.serving.sockets import address, listen
 
-    allowed = Limits(**limits or {})
+    allowed = limits_from(
+        prompt_tokens=max_prompt_tokens,
+        new_tokens=max_new_tokens,
+        num_steps=max_num_steps,
+        body_bytes=max_body_bytes,
+        queue=max_queue,
+        seconds=max_seconds,
+    )
     taken = listen(host, port)
     try:
         served = Served.load(
@@ -84,7 +97,7 @@ def play(
     port: int = 7860,
     max_rows: int = MAX_ROWS,
     max_tokens: int = MAX_TOKENS,
-    limits: dict[str, Any] | None = None,
+    max_num_steps: int | None = None,
     dtype: str = "auto",
     device: "str | torch.device" = "auto",
     on_start: Callable[[str], Any] | None = None,
@@ -95,7 +108,7 @@ def play(
         checkpoint, other: folders or hub ids, with tokenizers.
         host, port: where to listen; port 0 takes a free one.
         max_rows, max_tokens: of each model's engine; see `Engine`.
-        limits: what is accepted, by the names of `Limits`.
+        max_num_steps: where the depth sliders end.
         on_start: called with the address when the page can be opened.
 
     Raises:
@@ -105,10 +118,10 @@ def play(
 
     require("gradio", "play")
     from redepth.play.page import free_port, launch
-    from redepth.serving.limits import Limits
+    from redepth.serving.limits import limits_from
     from redepth.serving.served import Served
 
-    allowed = Limits(**limits or {})
+    allowed = limits_from(num_steps=max_num_steps)
     chosen = free_port(host, port)
     models: list[Served] = []
     for number, each in enumerate([checkpoint] if other is None else [checkpoint, other]):

@@ -31,7 +31,6 @@ def command(
     Example: redepth play demo/looped demo/static
     """
     hush_libraries()
-    limits = {"num_steps": max_num_steps} if max_num_steps is not None else {}
 
     def say(where: str) -> None:
         if not quiet:
@@ -44,7 +43,7 @@ def command(
         port=port,
         max_rows=max_rows,
         max_tokens=max_tokens,
-        limits=limits,
+        max_num_steps=max_num_steps,
         dtype=dtype,
         device=device,
         on_start=say,

@@ -1,6 +1,6 @@
 """redepth serve"""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -42,20 +42,11 @@ def command(
     Example: redepth serve ./smollm2-recurrent --port 8000
     """
     hush_libraries()
-    given = {
-        "prompt_tokens": max_prompt_tokens,
-        "new_tokens": max_new_tokens,
-        "num_steps": max_num_steps,
-        "body_bytes": max_body_bytes,
-        "queue": max_queue,
-        "seconds": max_seconds,
-    }
 
     def say(called: str, where: str) -> None:
         if not quiet:
             remarks.print(f"{called} at {where}/v1, metrics at {where}/metrics; Ctrl-C ends it", soft_wrap=True)
 
-    limits: dict[str, Any] = {limit: value for limit, value in given.items() if value is not None}
     api.serve(
         checkpoint,
         host=host,
@@ -64,7 +55,12 @@ def command(
         api_key=api_key,
         max_rows=max_rows,
         max_tokens=max_tokens,
-        limits=limits,
+        max_prompt_tokens=max_prompt_tokens,
+        max_new_tokens=max_new_tokens,
+        max_num_steps=max_num_steps,
+        max_body_bytes=max_body_bytes,
+        max_queue=max_queue,
+        max_seconds=max_seconds,
         drain_seconds=drain_seconds,
         dtype=dtype,
         device=device,

@@ -1,6 +1,7 @@
 """What a server or page accepts, and how it says no."""
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 from redepth.errors import RedepthError
 
@@ -32,6 +33,11 @@ class Limits:
             value = getattr(self, field.name)
             if not value > 0:
                 raise RedepthError(f"the limit on {field.name} must be above 0, got {value}")
+
+
+def limits_from(**given: Any) -> Limits:
+    """The limits of these names; None leaves one at its default."""
+    return Limits(**{name: value for name, value in given.items() if value is not None})
 
 
 class Refusal(Exception):
