@@ -41,7 +41,7 @@ CONVERTED = "converted"  # what every run starts from; at r = 1 it is the source
 DEPTHS = (1, 2, 4, 6, 8, 10)
 TEXT_DEPTHS = (1, 2, 4, 8)
 TEXT_ROWS, TEXT_LENGTH = 2, 256  # of each source of the held-out text
-PROBLEMS, QUESTIONS = 48, 16  # of each split, and in each problem
+PROBLEMS, QUESTIONS = 32, 16  # of each split, and in each problem
 SCRATCHPADS = 128  # problems of each split, of one question each
 CRITERION, THRESHOLD = "kl", 0.05
 
@@ -175,11 +175,11 @@ def accuracy_of_scratchpads(
     }
 
 
-def text_losses(folder: Path, validation: Path) -> dict[str, float]:
+def text_losses(folder: Path, validation: Path, num_steps: tuple[int, ...]) -> dict[str, float]:
     """Held-out loss in nats by number of steps, over rows of every source of the text."""
     rows = rows_by_source(validation, load_tokenizer(folder), TEXT_LENGTH, TEXT_ROWS)
     with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16()):
-        losses = loss_by_depth(load(folder), torch.cat(list(rows.values())), TEXT_DEPTHS)
+        losses = loss_by_depth(load(folder), torch.cat(list(rows.values())), num_steps)
     return {str(steps): loss for steps, loss in losses.items()}
 
 
@@ -212,7 +212,7 @@ def run_one(name: str, options: argparse.Namespace) -> None:
         "tokens": record["tokens"],
         "training_flops": flops_of_steps(folder, recipe, num_steps_of(folder, recipe)),
         "parameters": count_parameters(read_config(folder)[0]).by_part(),
-        "text": text_losses(folder, Path(options.validation)),
+        "text": text_losses(folder, Path(options.validation), TEXT_DEPTHS if name == "looped" else (1,)),
     }
     if run.scratchpad:
         model = load(folder, "bfloat16").eval()
@@ -338,7 +338,7 @@ def main() -> None:
     if not converted.exists():
         plan_conversion(**read_yaml(RECIPE)["convert"]).write(converted)
     if not (options.out / f"{CONVERTED}.json").exists():
-        write_json(options.out / f"{CONVERTED}.json", text_losses(converted, Path(options.validation)))
+        write_json(options.out / f"{CONVERTED}.json", text_losses(converted, Path(options.validation), (1,)))
     for name in options.only:
         run_one(name, options)
     if options.only == list(RUNS):
