@@ -29,8 +29,8 @@ from .pretrained import RecurrentDepthPreTrainedModel
 from .state import initial_state
 from .tokens import TokenSubset
 
-# States [B, T, D] and their context to logits [B, T, V].
-ReadLogits = Callable[[torch.Tensor, PassContext], torch.Tensor]
+# What the coda left, […, D], to logits […, V].
+Head = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass
@@ -200,7 +200,7 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
         context: PassContext,
         policy: DepthPolicy,
         real: torch.Tensor | None,
-        read_logits: ReadLogits | None,
+        head: Head | None,
     ) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Adaptive exit: every token leaves the loop when its test says so, and costs the core nothing from then on.
 
@@ -208,7 +208,7 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
 
         Args:
             real: `[B, T]`, which tokens are not padding; padding leaves after the first step.
-            read_logits: what a test of logits looks at; needed by such a test alone.
+            head: makes what a test of logits looks at; needed by such a test alone.
 
         Returns:
             the states `[B, T, D]`, the steps each token ran `[B, T]`, and the core's passes in tokens.
@@ -218,7 +218,7 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
         """
         tracker = policy.tracker()
         assert tracker is not None
-        if tracker.test.of_logits and read_logits is None:
+        if tracker.test.of_logits and head is None:
             raise UserError(
                 f"criterion {tracker.test.name!r} reads logits, which need a head; use latent-diff or cosine"
             )
@@ -239,11 +239,13 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
                 state[active] = moved[subset.real]
             if step == policy.num_steps:
                 break
-            looked_at = moved
+            if not tracker.looks_at(step):
+                active = active & real if real is not None else active
+                continue
+            looked_at, of_token = moved, active.flatten().nonzero()[:, 0]
             if tracker.test.of_logits:
-                assert read_logits is not None
-                looked_at = read_logits(moved, running).to(embedded.device)
-            settled = tracker.settled(looked_at[subset.real], active.flatten().nonzero()[:, 0], step)
+                looked_at = self.run_coda(moved, running)[1].to(embedded.device)
+            settled = tracker.settled(looked_at[subset.real], of_token, step, head if tracker.test.of_logits else None)
             active = active.masked_scatter(active, ~settled)
             if real is not None:
                 active = active & real
@@ -283,7 +285,7 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
         policy: DepthPolicy | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        read_logits: ReadLogits | None = None,
+        head: Head | None = None,
         supervised_steps: int = 1,
         return_dict: bool | None = None,
         **keywords: Any,
@@ -291,7 +293,7 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
         """As `RecurrentDepthForCausalLM.forward`, up to the head.
 
         Args:
-            read_logits: the head, for exit tests that look at logits.
+            head: for exit tests that look at logits.
             supervised_steps: how many of the last steps leave through the coda, for a loss at each of them.
             keywords: those of `DepthPolicy.resolve`, in place of a policy.
         """
@@ -354,7 +356,7 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
             assert cache is not None
             mask = cache.padding_mask
             real = mask[:, -x.shape[1] :].bool() if mask is not None else None
-            state, steps_run, core_passes = self.run_adaptive(embedded, state, context, policy, real, read_logits)
+            state, steps_run, core_passes = self.run_adaptive(embedded, state, context, policy, real, head)
             stats = {"num_steps": steps_run, "core_passes": core_passes}
         else:
             done = 0
