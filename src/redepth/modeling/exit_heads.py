@@ -69,9 +69,8 @@ def calibrated_head(profile: dict[str, Any], test: ExitTest, label: str, width: 
         width: D.
     """
     heads = profile.get("exit_heads")
-    found = heads["tests"].get(test.name) if heads is not None else None
-    threshold = found["thresholds"].get(label) if found is not None else None
-    if not test.of_logits or threshold is None:
+    found = heads["tests"].get(test.name) if heads is not None and test.of_logits else None
+    if heads is None or found is None or found["thresholds"].get(label) is None:
         return None
     head = ExitHead(from_text(heads["directions"], width), torch.tensor(found["weights"]))
-    return replace(test, of_logits=False, measure=head, streak=1), threshold
+    return replace(test, of_logits=False, measure=head, streak=1), found["thresholds"][label]
