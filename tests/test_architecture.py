@@ -18,6 +18,7 @@ MODELING_MAY_IMPORT = {
     "json",
     "collections",
     "contextlib",
+    "copy",
     "dataclasses",
     "functools",
     "importlib",
@@ -119,6 +120,8 @@ FOREIGN_PRIVATE = {
     "_cdata",  # torch: which storage this is
     "_is_amx_tile_supported",  # torch.cpu
     "_is_avx512_bf16_supported",
+    "_linear_pointwise",  # torch.ops.mkldnn
+    "_reorder_linear_weight",
     "_is_vnni_supported",
     "_convert_weight_to_int4pack_for_cpu",  # torch's kernels for quantised weights
     "_make_per_channel_quantized_tensor",

@@ -84,7 +84,8 @@ def convert(
             planned and nothing written.
         prelude, core, coda: source layers as Python slices, such as `"0:10"`. Without them every layer is kept and
             the middle fifth is the core; with only a core, prelude and coda are the layers before and after it.
-        adapter: how e and the state are mixed at the start: `inject` [0 | I], `blend:α` [αI | (1−α)I], or `random`.
+        adapter: how e and the state are mixed at the start: `inject` [0 | I], `blend:α` [αI | (1−α)I], `gate:α` (the same, and a gate
+            on the state, which published code has not), or `random`.
         state: s_0: `embed` (the prelude's output), `noise`, `zeros`, or `skip-adapter`, which is `embed` with a first step
             that leaves the adapter out: it equals its source at r = 1 whatever the adapter.
         dtype: `float32`, `bfloat16` or `float16`; the source's own by default (fp32 for GGUF).

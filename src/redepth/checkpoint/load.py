@@ -100,6 +100,21 @@ def read_config(name: str | Path, revision: str | None = None) -> tuple[Recurren
         raise RedepthError(f"checkpoint {str(name)!r}: {one_line(error)}") from None
 
 
+def is_recurrent(checkpoint: str | Path) -> bool:
+    """Whether a checkpoint has a loop in depth.
+
+    Raises:
+        RedepthError: where there is none that can be read.
+    """
+    try:
+        values, _ = RecurrentDepthConfig.get_config_dict(checkpoint)
+    except (OSError, ValueError) as error:
+        raise RedepthError(
+            f"checkpoint {str(checkpoint)!r} has no readable configuration: {first_line(error)}"
+        ) from None
+    return values.get("model_type") == RecurrentDepthConfig.model_type
+
+
 def local_checkpoint(name: str | Path) -> Path:
     """The folder of a checkpoint that is to be written into.
 

@@ -21,8 +21,11 @@ from redepth.cli import (
     inspect,
     new,
     plan,
+    play,
+    publish,
     quantize,
     retrofit,
+    serve,
     verify,
 )
 from redepth.errors import RedepthError, is_mistake
@@ -38,7 +41,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for module in (plan, convert, verify, inspect, heal, calibrate, quantize, eval, analyze, retrofit, generate, chat, new):
+for module in (
+    plan,
+    convert,
+    verify,
+    inspect,
+    heal,
+    calibrate,
+    quantize,
+    eval,
+    analyze,
+    retrofit,
+    publish,
+    generate,
+    chat,
+    play,
+    serve,
+    new,
+):
     app.command(module.__name__.rpartition(".")[2])(module.command)
 
 

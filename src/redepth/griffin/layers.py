@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from redepth.modeling.blocks import eager_attention
+from redepth.modeling.attention import eager_attention
 from redepth.modeling.elementwise import RMSNorm, times
 from redepth.modeling.lru_mixer import LruBlock
 from redepth.modeling.lru_state import LruState
@@ -49,10 +49,10 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, shared: Pass) -> torch.Tensor:
         """`x` is `[B, T, D]`; returns `[B, T, D]`."""
         query, key, value = (
-            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = (rotate_half_style(part, shared.cos, shared.sin) for part in (query, key))
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if shared.cache is not None:
             layer = shared.cache.layers[self.layer_idx]
             assert isinstance(layer, WindowLayer)

@@ -11,7 +11,7 @@ from torch import nn
 
 from redepth.modeling.errors import UserError
 from redepth.modeling.lru_mixer import Timeline
-from redepth.modeling.rotary import plain_frequencies
+from redepth.modeling.rotary import for_halves, plain_frequencies
 from redepth.modeling.tokens import align_right, padding_back, padding_first, stands_left, surely
 
 from .cache import RecurrentGemmaCache
@@ -45,14 +45,14 @@ class Pass:
 
 
 def rotations(config: Any, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of the rotary angles, `[B or 1, T, half the rotated channels]`."""
+    """cos and sin of the rotary angles, `[B or 1, T, rotated channels]`, see `for_halves`."""
     parameters = config.rope_parameters
     if parameters.get("rope_type", "default") != "default":
         raise UserError(f"rope_type is {parameters['rope_type']!r}, but RecurrentGemma knows only 'default'")
     rotated = int(config.hidden_size // config.num_attention_heads * parameters.get("partial_rotary_factor", 1.0))
     frequencies = plain_frequencies(parameters["rope_theta"], rotated, position_ids.device)
     angles = position_ids[..., None].float() * frequencies
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return for_halves(angles.cos().to(dtype), angles.sin().to(dtype))
 
 
 def attention_segments(

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .attention import attend, attention_map
 from .attention_backward import ProcessorAttention, gains_from_own_backward
 from .configuration import LRU_LAYER, RecurrentDepthConfig
 from .elementwise import RMSNorm, times
@@ -22,35 +22,6 @@ from .tokens import TokenSubset, align_right
 def norm(config: RecurrentDepthConfig, width: int) -> RMSNorm:
     """The family's norm over `width` channels."""
     return RMSNorm(width, config.norm_eps, config.norm_weight == "one_plus")
-
-
-def eager_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    **kwargs: object,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out step by step, the only kind here that can soft-cap its scores (Gemma 2 report, section 2).
-
-    `query` is `[B, H, T, K]`, `key` and `value` `[B, G, S, K]`, the mask `[B, 1, T, S]`, bool or additive;
-    returns `[B, T, H, K]` and the probabilities `[B, H, T, S]`.
-    """
-    groups = query.shape[1] // key.shape[1]
-    scores = query @ key.repeat_interleave(groups, dim=1).transpose(2, 3) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    elif attention_mask is not None:
-        scores = scores + attention_mask
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, dropout, module.training)
-    return (weights @ value.repeat_interleave(groups, dim=1)).transpose(1, 2), weights
 
 
 class Attention(nn.Module):
@@ -72,9 +43,9 @@ class Attention(nn.Module):
         self.num_key_value_groups = config.n_heads // config.num_key_value_heads
         self.scaling = config.query_scale if config.query_scale is not None else config.head_dim**-0.5
         self.sliding_window = config.sliding_window if self.layer_type == "sliding_attention" else None
-        # Only the eager form knows the soft cap; the other kinds refuse even a None.
-        cap = config.attn_logit_softcapping
-        self.soft_cap = {} if cap is None else {"softcap": cap}
+        self.soft_cap = config.attn_logit_softcapping
+        # Whether nothing but a rotation happens to q and k, so that both turn at once.
+        self.only_turns = config.qk_norm is None and not config.qk_bias
 
         self.Wqkv = nn.Linear(config.n_embd, self.q_width + 2 * self.kv_width, bias=config.qkv_bias)
         self.proj = nn.Linear(self.q_width, config.n_embd, bias=config.proj_bias)
@@ -88,51 +59,39 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, context: PassContext, step: int) -> torch.Tensor:
         """`x` is `[B, T, D]`; `step` counts from 1 in the core and is 0 elsewhere. Returns `[B, T, D]`."""
-        query, key, value = self.Wqkv(x).split([self.q_width, self.kv_width, self.kv_width], dim=-1)
-        if self.config.qk_norm == "full":
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in (query, key, value))
-        if self.config.qk_norm == "head":
-            query, key = self.q_norm(query), self.k_norm(key)
-        if self.config.qk_bias:
-            query = query + self.qk_bias[0].to(query.dtype)
-            key = key + self.qk_bias[1].to(key.dtype)
+        if self.only_turns:
+            both, value = self.Wqkv(x).split([self.q_width + self.kv_width, self.kv_width], dim=-1)
+            both, value = (part.unflatten(-1, (-1, self.head_dim)) for part in (both, value))
+            query, key = self._turned(both, context).split([both.shape[2] - value.shape[2], value.shape[2]], dim=2)
+        else:
+            query, key, value = self.Wqkv(x).split([self.q_width, self.kv_width, self.kv_width], dim=-1)
+            if self.config.qk_norm == "full":
+                query, key = self.q_norm(query), self.k_norm(key)
+            query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in (query, key, value))
+            if self.config.qk_norm == "head":
+                query, key = self.q_norm(query), self.k_norm(key)
+            if self.config.qk_bias:
+                query = query + self.qk_bias[0].to(query.dtype)
+                key = key + self.qk_bias[1].to(key.dtype)
+            query, key = self._turned(query, context), self._turned(key, context)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        if self.has_rope:
-            cos, sin = context.rotations[self.layer_type]
-            query, key = self.rotate(query, cos, sin), self.rotate(key, cos, sin)
+        if context.attend is not None:
+            return self.proj(context.attend(self, query, key, value).flatten(2))
         if context.cache is not None:
             key, value = context.cache.update(key, value, self.layer_idx, step, context.subset)
         mask = context.masks[self.layer_type]
         if context.wants("attention-map", self.layer_idx, step):
-            context.watched("attention-map", self.layer_idx, step, self._map(query, key, value, mask))
-        if context.cache is None and gains_from_own_backward(self.config._attn_implementation, value, mask):
+            context.watched("attention-map", self.layer_idx, step, attention_map(self, query, key, value, mask))
+        if context.cache is None and gains_from_own_backward(context.attention, value, mask):
             # Norms of q and k widen them under autocast; v has the dtype of the products.
             query, key = query.to(value.dtype), key.to(value.dtype)
             mixed = ProcessorAttention.apply(query, key, value, mask, self.scaling)
             return self.proj(mixed.transpose(1, 2).flatten(2))
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        mixed, _ = attend(
-            self,
-            query,
-            key,
-            value,
-            mask,
-            scaling=self.scaling,
-            dropout=0.0,
-            sliding_window=self.sliding_window,
-            **self.soft_cap,
-        )
-        return self.proj(mixed.flatten(2))
+        return self.proj(attend(self, context.attention, query, key, value, mask).flatten(2))
 
-    def _map(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The probabilities `[B, H, T, S]`, which other attention than the eager one does not give."""
-        if mask is None:  # all is causal
-            new, stored = query.shape[2], key.shape[2]
-            mask = torch.ones(new, stored, dtype=torch.bool, device=query.device).tril(stored - new)[None, None]
-        return eager_attention(self, query, key, value, mask, self.scaling, **self.soft_cap)[1]
+    def _turned(self, x: torch.Tensor, context: PassContext) -> torch.Tensor:
+        """Queries or keys `[B, T, heads, K]` with their positions in them, on layers that have any."""
+        return self.rotate(x, *context.rotations[self.layer_type]) if self.has_rope else x
 
 
 class LruMixer(LruBlock):

@@ -129,16 +129,37 @@ class RecurrentDepthCache(Cache):
         Returns:
             keys and values, `[batch, kv_heads, stored + new tokens, head_dim]`.
         """
-        place = self.rule.place(step)
-        slot = self._slot(layer_idx, place)
-        # The first step to use a place in this pass: tokens that never ran it are filled in from the step before.
-        if self.rule.missing != "refuse" and 1 < step == place:
-            shallower = self._slot(layer_idx, step - 1)
-            slot.fill_from(shallower, shallower.length if subset is not None else self.length)
-        self._steps_in_pass = max(self._steps_in_pass, step)
+        slot = self._enter(layer_idx, step, subset is not None)
         if subset is not None:
             return slot.update_subset(key_states, value_states, self.length, subset)
         return slot.update(key_states, value_states, self.length)
+
+    def open_step(self, layers: range, step: int, tokens: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]] | None:
+        """What some layers may read at a step of the core, by layer, with places for new tokens that the caller writes.
+
+        Returns:
+            keys and values, `[batch, kv_heads, stored + new tokens, head_dim]`; None where a layer holds nothing yet, and
+            `update` has to make its storage.
+        """
+        slots = {layer: self._enter(layer, step) for layer in layers}
+        if not all(slot.is_initialized for slot in slots.values()):
+            return None
+        return {layer: slot.open(self.length + tokens) for layer, slot in slots.items()}
+
+    def _enter(self, layer: int, step: int, any_length: bool = False) -> CacheSlot:
+        """The slot of a layer at a step that begins now.
+
+        Args:
+            any_length: whether the rows of this pass are at different places.
+        """
+        place = self.rule.place(step)
+        slot = self._slot(layer, place)
+        # The first step to use a place in this pass: tokens that never ran it are filled in from the step before.
+        if self.rule.missing != "refuse" and 1 < step == place:
+            shallower = self._slot(layer, step - 1)
+            slot.fill_from(shallower, shallower.length if any_length else self.length)
+        self._steps_in_pass = max(self._steps_in_pass, step)
+        return slot
 
     @property
     def lru_slots(self) -> LruSlots:

@@ -77,12 +77,17 @@ class CacheSlot(CacheLayerMixin):
         """Write at positions `start …`, and return all keys and values up to the last one written."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        end = start + key_states.shape[2]
+        tokens = key_states.shape[2]
+        keys, values = self.open(start + tokens)
+        keys.narrow(2, start, tokens).copy_(key_states)
+        values.narrow(2, start, tokens).copy_(value_states)
+        return keys, values
+
+    def open(self, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values up to position `end`, with room for those that the caller writes."""
         self._reserve(end)
-        for stored, new in zip(self._up_to(end), (key_states, value_states), strict=True):
-            stored[:, :, start:] = new
         self.length = max(self.length, end)
-        return self._up_to(end)
+        return self._storage["keys"].narrow(2, 0, end), self._storage["values"].narrow(2, 0, end)
 
     def update_subset(
         self, key_states: torch.Tensor, value_states: torch.Tensor, start: int, subset: TokenSubset

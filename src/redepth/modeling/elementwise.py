@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 from torch.compiler import is_compiling
+from torch.nn import functional as F
 
 # tokens at a time, where no gradient is wanted: what they need of a thousand channels stays in a second-level cache
 BLOCK = 256
@@ -43,9 +44,10 @@ class RMSNorm(nn.Module):
             for part, place in zip(x.split(BLOCK, 1), out.split(BLOCK, 1), strict=True):
                 place.copy_(self(part))
             return out
-        wide = x.float()
-        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1]
-        normed = wide * torch.rsqrt(mean_square + self.eps)
+        if x.dtype == torch.float32 == self.weight.dtype and not self.one_plus:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # torch's own norm rounds as transformers' written-out one does in fp32, and is quicker
+        normed = F.rms_norm(x.float(), self.weight.shape, None, self.eps)
         if self.one_plus:
             return times(normed, 1.0 + self.weight.float()).to(x.dtype)
         return normed.to(x.dtype) * self.weight

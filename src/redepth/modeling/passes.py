@@ -3,6 +3,7 @@
 Shapes: B batch, T new tokens, S stored and new tokens, D width, K head_dim.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
@@ -29,25 +30,31 @@ class PassContext:
 
     Attributes:
         masks: by attention type, as the attention implementation takes them.
-        rotations: by attention type, cos and sin `[B, T, K/2]` in fp32.
+        rotations: by attention type, cos and sin in fp32, see `rotary.rotations`.
         position_ids: `[B or 1, T]`.
+        attention: the kind of attention, as in transformers' `attn_implementation`.
         subset: the tokens of this call, where they are not all of the pass.
         steps_run: `[B, T]`, under a criterion: the steps that the tokens have run so far.
         reading: how recurrent layers read the columns of the pass; None where there are none.
         watchers: see `RecurrentStack.watchers`.
         continued: whether the first step starts from a state that was carried over, in place of s_0; or `[B, T]`, which
             tokens' does.
+        attend: takes the place of cache and attention: (the `Attention` module, q `[B, H, T, K]`, k and v `[B, G, T, K]` of
+            the new tokens) → `[B, T, H, K]`. For callers that keep keys and values themselves.
     """
 
     masks: dict[str, Any]
     rotations: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    cache: RecurrentDepthCache | None
+    cache: Any  # a RecurrentDepthCache, or what stands in for one within a compiled pass
     position_ids: torch.Tensor
+    attention: str
     subset: TokenSubset | None = None
     steps_run: torch.Tensor | None = None
     reading: ReadingOrder | None = None
     continued: bool | torch.Tensor = False
     watchers: tuple[Any, ...] = ()
+    attend: Callable[..., torch.Tensor] | None = None
+    _places: torch.Tensor | None = field(default=None, init=False, repr=False, compare=False)
     # Copies on other devices, so that a model spread over several moves each context there once.
     _elsewhere: dict[torch.device, "PassContext"] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -60,7 +67,7 @@ class PassContext:
         if device == self.position_ids.device:
             return self
         if device not in self._elsewhere:
-            kept: dict[str, Any] = {"cache": self.cache, "watchers": self.watchers}
+            kept: dict[str, Any] = {name: getattr(self, name) for name in ("cache", "watchers", "attention")}
             moved: dict[str, Any] = {
                 part.name: _moved(getattr(self, part.name), device, non_blocking)
                 for part in fields(self)
@@ -68,6 +75,12 @@ class PassContext:
             }
             self._elsewhere[device] = PassContext(**kept, **moved)
         return self._elsewhere[device]
+
+    def new_places(self) -> torch.Tensor:
+        """The places of a single new token a row in the cache's storage, `[1]`; the same tensor at every step."""
+        if self._places is None:
+            self._places = torch.tensor([self.cache.get_seq_length()], device=self.position_ids.device)
+        return self._places
 
     def watched(self, part: str, layer: int | None, step: int, value: torch.Tensor) -> torch.Tensor:
         """The value with which the pass continues: the part's own, unless a watcher replaces it."""
@@ -254,7 +267,10 @@ def pass_context(
         documents = None
     elif documents is not None:
         mask_inputs["allow_is_causal_skip"] = False
-    masks = {kind: MASK_MAKERS[kind](**mask_inputs) for kind in attention_types}
+    plain = set()
+    if not whole_masks and documents is None and starts is None:
+        plain = {kind for kind in attention_types if _needs_no_mask(config, kind, attention_mask, hidden, past)}
+    masks = {kind: None if kind in plain else MASK_MAKERS[kind](**mask_inputs) for kind in attention_types}
     if documents is not None:
         masks = {kind: _within_documents(mask, documents) for kind, mask in masks.items()}
     return PassContext(
@@ -262,8 +278,23 @@ def pass_context(
         rotations={kind: rotations(config, position_ids, kind) for kind in attention_types},
         cache=cache,
         position_ids=position_ids,
+        attention=config._attn_implementation,
         reading=reading,
     )
+
+
+def _needs_no_mask(
+    config: RecurrentDepthConfig, kind: str, attention_mask: torch.Tensor | None, hidden: torch.Tensor, past: int
+) -> bool:
+    """Whether attention of this kind over new tokens `hidden` `[B, T, D]` is plainly causal, which sdpa knows by itself."""
+    tokens = hidden.shape[1]
+    if config._attn_implementation != "sdpa" or is_tracing(hidden):
+        return False
+    if kind == "sliding_attention" and past + tokens > config.sliding_window:
+        return False
+    # Elsewhere than on a processor torch's kernels take the first key for the first query's own.
+    knows = tokens == 1 or past == 0 or hidden.device.type == "cpu"
+    return knows and (attention_mask is None or (attention_mask.ndim == 2 and surely(attention_mask.all())))
 
 
 def ragged_context(
@@ -299,6 +330,7 @@ def ragged_context(
         rotations={kind: rotations(config, positions, kind) for kind in kinds},
         cache=cache,
         position_ids=positions,
+        attention=config._attn_implementation,
         subset=TokenSubset(
             torch.arange(len(places), device=places.device), places - start, real, len(places), end - start
         ),

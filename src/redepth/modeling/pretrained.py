@@ -14,6 +14,7 @@ from .elementwise import RMSNorm
 from .lru_mixer import GATE_VARIANCE, RGLRU
 from .published import Kind, complete_config
 from .quantizer import DepthQuantizationConfig
+from .state import StateGate, gate_start
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
@@ -88,6 +89,8 @@ class RecurrentDepthPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, Attention) and self.config.qk_bias:
             init.zeros_(module.qk_bias)
+        elif isinstance(module, StateGate):
+            init.copy_(module.weight, gate_start(len(module.weight)))
         elif isinstance(module, RGLRU):
             module.fresh_start(GATE_VARIANCE)
         elif isinstance(module, nn.Conv1d):

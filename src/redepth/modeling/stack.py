@@ -21,12 +21,13 @@ from transformers.utils import ModelOutput
 
 from .blocks import Block, norm
 from .cache import RecurrentDepthCache
+from .compiled import can_be_compiled, compiled_core_pass, compiler_works
 from .configuration import RecurrentDepthConfig
 from .errors import UserError
 from .passes import PassContext, check_cache, pass_context
 from .policy import DepthPolicy
 from .pretrained import RecurrentDepthPreTrainedModel
-from .state import initial_state
+from .state import StateGate, initial_state
 from .tokens import TokenSubset
 
 # What the coda left, […, D], to logits […, V].
@@ -58,7 +59,8 @@ class StackOutput(ModelOutput):
 class RecurrentStack(RecurrentDepthPreTrainedModel):
     """Everything but the head; `model.transformer`, and transformers' base model.
 
-    Its parts are modules by their published names: `wte`, `prelude`, `adapter`, `core_block`, `coda`, `ln_f`.
+    Its parts are modules by their published names: `wte`, `prelude`, `adapter`, `core_block`, `coda`, `ln_f`; and
+    `state_gate`, where the config asks for one.
     """
 
     def __init__(self, config: RecurrentDepthConfig) -> None:
@@ -70,10 +72,13 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
         self.prelude = nn.ModuleList(Block(config, layer) for layer in range(first_core))
         self.adapter = nn.Linear(2 * config.n_embd, config.n_embd, bias=False)
         self.core_block = nn.ModuleList(Block(config, layer) for layer in range(first_core, first_coda))
+        self.state_gate = StateGate(config.n_embd) if config.state_gate else None
         self.coda = nn.ModuleList(Block(config, layer) for layer in range(first_coda, config.n_layers))
         self.ln_f = norm(config, config.n_embd)
         # Training: keep only the states between steps, and run each step again in the backward pass.
         self.checkpoint_steps = False
+        # Set by `compile_core`.
+        self.core_is_compiled = False
         # Each is told of every `forward` before it runs (`start_pass`), and called with (part, layer, step, value,
         # context)
         # as the parts are computed; what it returns takes the value's place. A layer is counted over the whole
@@ -93,6 +98,18 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.wte = value  # type: ignore[assignment]
+
+    def compile_core(self) -> bool:
+        """Let torch.compile make few kernels of the core's pass over one new token a row.
+
+        The first such pass takes some seconds to half a minute, one more where the batch changes between one row and
+        several; from then on neither longer texts nor other depths compile again.
+
+        Returns:
+            whether it can be done; without a C++ compiler one line says so, and everything runs as before.
+        """
+        self.core_is_compiled = compiler_works(self.device)
+        return self.core_is_compiled
 
     def context(
         self,
@@ -165,13 +182,26 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
         context = context.to(state.device).without_skipped(step, *state.shape[:2])
         embedded = embedded.to(state.device)
         skips = self.config.initial_state_mode == "skip-adapter" and step == 1
+        if self.core_is_compiled and record is None and not skips and can_be_compiled(context, state):
+            first = self.config.n_layers_in_prelude
+            stored = context.cache.open_step(range(first, first + len(self.core_block)), step, state.shape[1])
+            if stored is not None:
+                places = context.new_places()
+                # Two arguments in the same memory would be a graph of its own.
+                state = state.clone() if state is embedded else state
+                return compiled_core_pass(
+                    self, embedded, state, stored, places, context.masks, context.rotations, context.attention
+                )
         if skips and context.continued is False:
             injected = embedded
         else:
             injected = self.adapter(torch.cat([state, embedded], dim=-1))
             if skips and isinstance(context.continued, torch.Tensor):
                 injected = torch.where(context.continued[..., None], injected, embedded.to(injected.device))
-        return context.watched("state", None, step, self.run_layers(self.core_block, injected, context, step, record))
+        reached = self.run_layers(self.core_block, injected, context, step, record)
+        if self.state_gate is not None:
+            reached = self.state_gate(state, reached, step == 1, context.continued)
+        return context.watched("state", None, step, reached)
 
     def run_fixed(
         self,
