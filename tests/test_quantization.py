@@ -155,6 +155,12 @@ def test_depth_policies_work(model) -> None:
     assert (early.stats["num_steps"] == 2).all()
 
 
+def test_a_quantised_core_is_not_compiled(model) -> None:
+    quantized = quantized_copy(model, DepthQuantizationConfig())
+    assert quantized.compile_core() is False
+    assert not quantized.transformer.core_is_compiled
+
+
 def test_another_dtype_keeps_the_stored_tensors() -> None:
     linear = nn.Linear(64, 16)
     for kind, bits in ((DYNAMIC, 8), (WEIGHT_ONLY, 8), (WEIGHT_ONLY, 4), (WEIGHT_ONLY, 16)):

@@ -68,7 +68,7 @@ def republish(
         with torch.device("meta"):
             model = RecurrentDepthForCausalLM(config)
         quantized = quantized_tensors(model, DepthQuantizationConfig(**config.quantization_config))
-        saved_dtype = config.dtype
+        saved_dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     wanted = parse_dtype(dtype) if dtype is not None else saved_dtype
     names = [name for name in source.tensor_names() if name != ROPE_TABLE]
     if tie is not None:

@@ -77,8 +77,10 @@ def _print(profile: dict[str, Any]) -> None:
     results.print(table)
     wanted = list(next(iter(profile["thresholds"].values())))
     exits = Table("exit test", *(f"{label}: threshold (steps)" for label in wanted), **LAYOUT)
-    for name, thresholds in profile["thresholds"].items():
-        steps = profile["mean_steps"][name]
+    found = {name: (kept, profile["mean_steps"][name]) for name, kept in profile["thresholds"].items()}
+    for name, head in (profile["exit_heads"] or {"tests": {}})["tests"].items():
+        found[f"{name}, exit head"] = (head["thresholds"], head["mean_steps"])
+    for name, (thresholds, steps) in found.items():
         exits.add_row(
             name,
             *(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,11 @@ from redepth.checkpoint.folder import CONFIG_FILE, CheckpointFolder, read_json, 
 from redepth.checkpoint.load import load, local_checkpoint
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthForCausalLM
+from redepth.modeling.exit_heads import features, to_text
 from redepth.modeling.exits import EXIT_TESTS, ExitTest, find_exit_test
 from redepth.modeling.tokens import check_numbers
+
+from .exit_heads import fit_head, main_directions
 
 WANTED_AGREEMENTS = {"99%": 0.99, "95%": 0.95}
 ENOUGH = 0.005  # nats: the default depth is the shallowest whose loss is this close to the lowest
@@ -33,6 +36,8 @@ class Measurement:
         losses, divergences: `[R]`, summed over tokens, in nats; divergences are KL(p_R ‖ p_i).
         picks: for each row of text `[R, tokens]`, the likeliest token after each step.
         courses: by test, for each row of text `[R − 1, tokens]`, its measure at steps 2 … R.
+        directions: of the exit heads, `[K, D]`; None where there is no second step.
+        features: for each row of text `[R − 1, tokens, K + 1]`, what the exit heads look at.
     """
 
     tests: dict[str, ExitTest]
@@ -40,6 +45,8 @@ class Measurement:
     divergences: torch.Tensor
     predicted: int = 0
     picks: list[torch.Tensor] = field(default_factory=list)
+    directions: torch.Tensor | None = None
+    features: list[torch.Tensor] = field(default_factory=list)
     courses: dict[str, list[torch.Tensor]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -98,6 +105,12 @@ def measure_depths(
                     courses[name].append(torch.cat([test.compare(a.float(), b.float()) for a, b in parts]).cpu())
             old = logits
         found.picks.append(torch.stack(picks))
+        if most_steps > 1:
+            if found.directions is None:
+                found.directions = main_directions([state[0] for state in states[1:]])
+            pairs = zip(states[2:], states[1:-1], strict=True)
+            seen = [features(new[0].float(), old[0].float(), found.directions) for new, old in pairs]
+            found.features.append(torch.stack(seen).cpu())
         for name, course in courses.items():
             found.courses[name].append(torch.stack(course) if course else torch.zeros(0, ids.shape[1]))
         found.predicted += ids.shape[1] - 1
@@ -219,9 +232,38 @@ def depth_profile(found: Measurement, data: str) -> dict[str, Any]:
         "thresholds": thresholds,
         "mean_steps": mean_steps,
         "exit_rates": rates,
+        "exit_heads": fitted_heads(found, picks),
         "tokens": picks.shape[1],
         "data": data,
     }
+
+
+def fitted_heads(found: Measurement, picks: torch.Tensor) -> dict[str, Any] | None:
+    """An exit head for each test of logits, with its own thresholds; None where there is no second step.
+
+    Args:
+        picks: `[R, tokens]`.
+    """
+    if found.directions is None:
+        return None
+    directions, seen = found.directions.cpu(), torch.cat(found.features, dim=1)
+    tests: dict[str, Any] = {}
+    for name, test in found.tests.items():
+        if not test.of_logits:
+            continue
+        measured = torch.cat(found.courses[name], dim=1)
+        head = fit_head(test, directions, seen.flatten(0, 1), measured.flatten())
+        as_test = replace(test, of_logits=False, measure=head, streak=1)
+        course = seen @ head.weights
+        chosen = {
+            label: loosest_threshold(as_test, course, picks, wanted) for label, wanted in WANTED_AGREEMENTS.items()
+        }
+        tests[name] = {
+            "weights": [float(f"{weight:.4g}") for weight in head.weights.tolist()],
+            "thresholds": {label: threshold for label, (threshold, _) in chosen.items()},
+            "mean_steps": {label: steps and round(steps, 2) for label, (_, steps) in chosen.items()},
+        }
+    return {"directions": to_text(directions), "tests": tests}
 
 
 def calibrate(
@@ -246,7 +288,7 @@ def calibrate(
     Returns:
         the profile: `num_steps`, the default from now on; `valid_range`; `thresholds` and the `mean_steps` they take,
         by exit test and wanted agreement with the deepest step; and by number of steps `loss`, `kl_to_deepest`,
-        `agreement` and `exit_rates` at the tests' default thresholds.
+        `agreement` and `exit_rates` at the tests' default thresholds; `exit_heads`, which stand in for tests of logits.
 
     Raises:
         RedepthError: for a checkpoint that is not a local folder, most_steps below 2, or losses that are not finite.

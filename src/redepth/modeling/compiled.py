@@ -10,6 +10,7 @@ import torch
 from transformers.utils import logging
 
 from .passes import PassContext
+from .quantized_linear import QuantizedLinear
 from .tokens import TokenSubset
 
 logger = logging.get_logger(__name__)
@@ -78,8 +79,13 @@ def can_be_compiled(context: PassContext, state: torch.Tensor) -> bool:
     )
 
 
-def compiler_works(device: torch.device) -> bool:
-    """Whether torch.compile can make code for a device; where it can't, one line says why."""
+def compiler_works(device: torch.device, core: torch.nn.Module) -> bool:
+    """Whether torch.compile can make code for a core on a device; where it can't, one line says why."""
+    if any(isinstance(module, QuantizedLinear) for module in core.modules()):
+        logger.warning(
+            "the core is not compiled, and runs as before: its layers are quantised, with kernels of their own"
+        )
+        return False
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(3, device=device))
     except Exception as error:

@@ -17,6 +17,7 @@ from .errors import UserError
 from .extensions import is_import_path, load_extension, registered_names
 
 EXIT_TEST_GROUP = "redepth.exit_tests"  # of entry points
+TOKENS_AT_ONCE = 64  # whose logits are widened to fp32
 
 # (new, old) → what is compared with the threshold, `[N]`; states are [N, D], logits [N, V] in fp32.
 Measure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -167,24 +168,41 @@ class ExitTracker:
         self._old: torch.Tensor | None = None
         self._streak: torch.Tensor | None = None
 
-    def settled(self, new: torch.Tensor, tokens: torch.Tensor, step: int) -> torch.Tensor:
+    def looks_at(self, step: int) -> bool:
+        """Whether the test needs to see a step at all: not those before the last that can't let a token go."""
+        return self.streak_needed > 1 or step >= self.min_steps - 1
+
+    def settled(
+        self,
+        new: torch.Tensor,
+        tokens: torch.Tensor,
+        step: int,
+        head: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """Which tokens may leave after this step.
 
         Args:
             new: states `[N, D]` or logits `[N, V]` of the tokens still in the loop.
             tokens: `[N]`, their indices among all tokens of the pass, by which measures are remembered between steps.
             step: counted from 1.
+            head: makes what is looked at of `new`, for a few tokens at a time.
 
         Returns:
             `[N]`, bool.
         """
-        new = new.float()
-        if self._old is None or self._streak is None:
-            self._old = new
-            self._streak = torch.zeros(len(new), device=new.device)
-            return torch.zeros(len(new), dtype=torch.bool, device=new.device)
-        passed = self.test.compare(new, self._old[tokens]) < self.threshold
-        streak = torch.where(passed, self._streak[tokens] + 1, 0.0)
-        self._old[tokens] = new
-        self._streak[tokens] = streak
-        return (streak >= self.streak_needed) & (step >= self.min_steps)
+        # Padding may have left already; tokens are in order, and later ones are among these.
+        count = int(tokens[-1]) + 1
+        if self._streak is None:
+            self._streak = torch.zeros(count, device=new.device)
+        is_first, left = self._old is None, []
+        # fp32 is for a few tokens at once; the table of the step before keeps the dtype in which it was made.
+        for part, these in zip(new.split(TOKENS_AT_ONCE), tokens.split(TOKENS_AT_ONCE), strict=True):
+            looked_at = head(part) if head is not None else part
+            if self._old is None:
+                self._old = looked_at.new_empty(count, looked_at.shape[-1])
+            if not is_first:
+                passed = self.test.compare(looked_at.float(), self._old[these].float()) < self.threshold
+                self._streak[these] = torch.where(passed, self._streak[these] + 1, 0.0)
+            self._old[these] = looked_at
+            left.append((self._streak[these] >= self.streak_needed) & (step >= self.min_steps) & (not is_first))
+        return torch.cat(left)

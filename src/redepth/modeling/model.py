@@ -286,7 +286,7 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, RecurrentDepthGen
             policy=policy,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
-            read_logits=self.read_logits,
+            head=self.logits,
             supervised_steps=1 if step_labels is None else step_labels.shape[1],
             **{name: value for name, value in keywords.items() if value is not None},
         )

@@ -16,6 +16,7 @@ import torch
 from .cache_rules import CacheRule, parse_cache_rule
 from .configuration import RecurrentDepthConfig
 from .errors import UserError
+from .exit_heads import calibrated_head
 from .exits import ExitTest, ExitTracker, Measure, find_exit_test
 
 EVERY_STEP = ("full", "latest")  # the rules that keep every step of a token, as a draft needs it
@@ -230,7 +231,7 @@ class DepthPolicy:
         test = threshold = None
         if criterion is not None:
             test = find_exit_test(criterion)
-            threshold = _threshold_of(config, test, criterion, exit_threshold)
+            test, threshold = _test_and_threshold(config, test, criterion, exit_threshold)
             if without:
                 raise UserError("a criterion is for inference; call model.eval() and give num_steps as one number")
         elif sampler is None and exit_threshold not in (None, "auto"):
@@ -317,23 +318,29 @@ def take_policy_keywords(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in taken.items() if value is not None}
 
 
-def _threshold_of(
+def _test_and_threshold(
     config: RecurrentDepthConfig, test: ExitTest, criterion: Any, exit_threshold: float | str | None
-) -> float:
-    """A test's threshold; a wanted agreement such as `99%` becomes the one that calibration found for it."""
+) -> tuple[ExitTest, float]:
+    """A test and its threshold; a wanted agreement such as `99%` becomes what calibration found for it.
+
+    For a test of logits that is its exit head, where the calibration has fitted one.
+    """
     if exit_threshold in (None, "auto"):
-        return test.threshold
+        return test, test.threshold
     if isinstance(exit_threshold, str) and exit_threshold.endswith("%"):
+        head = calibrated_head(config.depth_profile or {}, test, exit_threshold, config.n_embd)
+        if head is not None:
+            return head
         by_agreement = (config.depth_profile or {}).get("thresholds", {}).get(str(criterion), {})
         calibrated = by_agreement.get(exit_threshold)
         if calibrated is None:
             known = [wanted for wanted, value in by_agreement.items() if value is not None]
             hint = f"use {', '.join(known)} or a number" if known else "give a number, or run redepth calibrate"
             raise UserError(f"this checkpoint has no threshold of {criterion!r} for {exit_threshold!r}; {hint}")
-        return calibrated
+        return test, calibrated
     _check_threshold(exit_threshold)
     assert isinstance(exit_threshold, (int, float))
-    return exit_threshold
+    return test, exit_threshold
 
 
 def chosen_rule(

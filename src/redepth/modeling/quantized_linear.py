@@ -46,6 +46,7 @@ class DynamicInt8:
     """8-bit weights and activations, whole-number products: the activations of each token are scaled by their largest."""
 
     def __init__(self, stored: QuantizedWeights, inputs: int, dtype: torch.dtype) -> None:
+        assert stored.scale is not None
         with warnings.catch_warnings():  # of quantised tensors, the only ones that this kernel packs
             warnings.simplefilter("ignore")
             zeros = torch.zeros(len(stored.scale), dtype=torch.long)
@@ -84,6 +85,7 @@ class PackedInt8:
     """8-bit weights, bf16 activations."""
 
     def __init__(self, stored: QuantizedWeights, inputs: int, dtype: torch.dtype) -> None:
+        assert stored.scale is not None
         self.weight, self.scale = stored.weight, stored.scale.bfloat16()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -94,6 +96,7 @@ class PackedInt4:
     """4-bit weights, bf16 activations."""
 
     def __init__(self, stored: QuantizedWeights, inputs: int, dtype: torch.dtype) -> None:
+        assert stored.scale is not None
         assert stored.offset is not None
         levels = int4_levels(stored).int()
         self.group_size = levels.shape[1] // stored.scale.shape[1]
@@ -225,7 +228,9 @@ class QuantizedLinear(nn.Module):
         """A layer's weights quantised; `pack` is still to be called."""
         weight = linear.weight.detach()
         with torch.device("meta"):
-            made = cls(*weight.shape[::-1], linear.bias is not None, kind, bits, group_size, weight.dtype)
+            made = cls(
+                linear.in_features, linear.out_features, linear.bias is not None, kind, bits, group_size, weight.dtype
+            )
         made._hold(quantize(weight, bits, group_size))
         made.bias = linear.bias.requires_grad_(False) if linear.bias is not None else None
         return made

@@ -173,7 +173,7 @@ class DepthQuantizer(HfQuantizer):
                 module.pack()
         halve_head(model, self.quantization_config)
 
-    def is_serializable(self) -> bool:  # type: ignore[override]
+    def is_serializable(self) -> bool:
         return True
 
     @property

@@ -9,9 +9,8 @@
 recurrence through these methods. Shapes: B batch, T new tokens, D width, V vocabulary.
 """
 
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
+from .adaptive import Head, run_adaptive
 from .blocks import Block, norm
 from .cache import RecurrentDepthCache
 from .compiled import can_be_compiled, compiled_core_pass, compiler_works
@@ -28,10 +28,6 @@ from .passes import PassContext, check_cache, pass_context
 from .policy import DepthPolicy
 from .pretrained import RecurrentDepthPreTrainedModel
 from .state import StateGate, initial_state
-from .tokens import TokenSubset
-
-# States [B, T, D] and their context to logits [B, T, V].
-ReadLogits = Callable[[torch.Tensor, PassContext], torch.Tensor]
 
 
 @dataclass
@@ -106,9 +102,10 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
         several; from then on neither longer texts nor other depths compile again.
 
         Returns:
-            whether it can be done; without a C++ compiler one line says so, and everything runs as before.
+            whether it can be done; without a C++ compiler, or with quantised layers, whose kernels a compiler can't see
+            into, one line says so, and everything runs as before.
         """
-        self.core_is_compiled = compiler_works(self.device)
+        self.core_is_compiled = compiler_works(self.device, self.core_block)
         return self.core_is_compiled
 
     def context(
@@ -223,64 +220,6 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
                     state = self.step(embedded, state, context, step, record)
         return state
 
-    def run_adaptive(
-        self,
-        embedded: torch.Tensor,
-        state: torch.Tensor,
-        context: PassContext,
-        policy: DepthPolicy,
-        real: torch.Tensor | None,
-        read_logits: ReadLogits | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Adaptive exit: every token leaves the loop when its test says so, and costs the core nothing from then on.
-
-        What stands in for the deeper steps of an exited token is up to the cache rule.
-
-        Args:
-            real: `[B, T]`, which tokens are not padding; padding leaves after the first step.
-            read_logits: what a test of logits looks at; needed by such a test alone.
-
-        Returns:
-            the states `[B, T, D]`, the steps each token ran `[B, T]`, and the core's passes in tokens.
-
-        Raises:
-            ValueError: for a test of logits without a head to make them.
-        """
-        tracker = policy.tracker()
-        assert tracker is not None
-        if tracker.test.of_logits and read_logits is None:
-            raise UserError(
-                f"criterion {tracker.test.name!r} reads logits, which need a head; use latent-diff or cosine"
-            )
-        active = torch.ones(embedded.shape[:2], dtype=torch.bool, device=embedded.device)
-        steps_run = torch.zeros_like(active, dtype=torch.long)
-        core_passes = 0
-        for step in range(1, policy.num_steps + 1):
-            subset = TokenSubset.of(active)
-            core_passes += subset.positions.numel()
-            steps_run = steps_run + active
-            whole = bool(active.all())
-            running = replace(context if whole else context.gather(subset), steps_run=steps_run)
-            if whole:
-                moved = state = self.step(embedded, state, running, step).to(embedded.device)
-            else:
-                moved = self.step(subset.gather(embedded), subset.gather(state), running, step).to(embedded.device)
-                state = state.clone()
-                state[active] = moved[subset.real]
-            if step == policy.num_steps:
-                break
-            looked_at = moved
-            if tracker.test.of_logits:
-                assert read_logits is not None
-                looked_at = read_logits(moved, running).to(embedded.device)
-            settled = tracker.settled(looked_at[subset.real], active.flatten().nonzero()[:, 0], step)
-            active = active.masked_scatter(active, ~settled)
-            if real is not None:
-                active = active & real
-            if not bool(active.any()):
-                break
-        return state, steps_run, core_passes
-
     def run_coda(
         self, state: torch.Tensor, context: PassContext, record: list[torch.Tensor] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -313,7 +252,7 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
         policy: DepthPolicy | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        read_logits: ReadLogits | None = None,
+        head: Head | None = None,
         supervised_steps: int = 1,
         return_dict: bool | None = None,
         **keywords: Any,
@@ -321,7 +260,7 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
         """As `RecurrentDepthForCausalLM.forward`, up to the head.
 
         Args:
-            read_logits: the head, for exit tests that look at logits.
+            head: for exit tests that look at logits.
             supervised_steps: how many of the last steps leave through the coda, for a loss at each of them.
             keywords: those of `DepthPolicy.resolve`, in place of a policy.
         """
@@ -384,7 +323,7 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
             assert cache is not None
             mask = cache.padding_mask
             real = mask[:, -x.shape[1] :].bool() if mask is not None else None
-            state, steps_run, core_passes = self.run_adaptive(embedded, state, context, policy, real, read_logits)
+            state, steps_run, core_passes = run_adaptive(self, embedded, state, context, policy, real, head)
             stats = {"num_steps": steps_run, "core_passes": core_passes}
         else:
             done = 0
