@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput
 
 from .blocks import Block, norm
 from .cache import RecurrentDepthCache
-from .compiled import can_be_compiled, compiled_core_pass, compiler_works
+from .compiled import compiler_works, step_compiled
 from .configuration import RecurrentDepthConfig
 from .errors import UserError
 from .passes import PassContext, check_cache, pass_context
@@ -77,10 +77,9 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
         self.checkpoint_steps = False
         # Set by `compile_core`.
         self.core_is_compiled = False
-        # Each is told of every `forward` before it runs (`start_pass`), and called with (part, layer, step, value,
-        # context)
-        # as the parts are computed; what it returns takes the value's place. A layer is counted over the whole
-        # stack; the step is 0 for the initial state and outside the core.
+        # Each is told of every `forward` before it runs (`start_pass`), and called with (part, layer, step, value, context)
+        # as the parts are computed; what it returns takes the value's place. A layer is counted over the whole stack; the
+        # step is 0 for the initial state and outside the core.
         self.watchers: tuple[Any, ...] = ()
         self.post_init()
 
@@ -98,13 +97,10 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
         self.wte = value  # type: ignore[assignment]
 
     def compile_core(self) -> bool:
-        """Let torch.compile make few kernels of the core's pass over one new token a row.
+        """Let torch.compile make few kernels of the core's pass over one new token a row; whether it can be done.
 
-        The first such pass takes some seconds to half a minute, one more where the batch changes between one row and
-        several; from then on neither longer texts nor other depths compile again.
-
-        Returns:
-            whether it can be done; without a C++ compiler one line says so, and everything runs as before.
+        The first such pass then takes some seconds, as does the first of several rows; longer texts and other depths
+        compile nothing again. Without a C++ compiler one line says so, and everything runs as before.
         """
         self.core_is_compiled = compiler_works(self.device)
         return self.core_is_compiled
@@ -180,16 +176,10 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
         context = context.to(state.device).without_skipped(step, *state.shape[:2])
         embedded = embedded.to(state.device)
         skips = self.config.initial_state_mode == "skip-adapter" and step == 1
-        if self.core_is_compiled and record is None and not skips and can_be_compiled(context, state):
-            first = self.config.n_layers_in_prelude
-            stored = context.cache.open_step(range(first, first + len(self.core_block)), step, state.shape[1])
-            if stored is not None:
-                places = context.new_places()
-                # Two arguments in the same memory would be a graph of its own.
-                state = state.clone() if state is embedded else state
-                return compiled_core_pass(
-                    self, embedded, state, stored, places, context.masks, context.rotations, context.attention
-                )
+        if self.core_is_compiled and record is None and not skips:
+            after = step_compiled(self, embedded, state, context, step)
+            if after is not None:
+                return after
         if skips and context.continued is False:
             injected = embedded
         else:
