@@ -25,6 +25,7 @@ VERBS |= {
     "inspect": api.inspect,
     "new": api.create,
     "analyze": api.analyze,
+    "publish": api.publish,
 }
 
 

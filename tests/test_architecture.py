@@ -18,6 +18,7 @@ MODELING_MAY_IMPORT = {
     "json",
     "collections",
     "contextlib",
+    "copy",
     "dataclasses",
     "functools",
     "importlib",
@@ -26,7 +27,9 @@ MODELING_MAY_IMPORT = {
     "operator",
     "pkgutil",
     "re",
+    "time",
     "typing",
+    "warnings",
 }
 
 
@@ -117,6 +120,13 @@ FOREIGN_PRIVATE = {
     "_cdata",  # torch: which storage this is
     "_is_amx_tile_supported",  # torch.cpu
     "_is_avx512_bf16_supported",
+    "_linear_pointwise",  # torch.ops.mkldnn
+    "_reorder_linear_weight",
+    "_is_vnni_supported",
+    "_convert_weight_to_int4pack_for_cpu",  # torch's kernels for quantised weights
+    "_make_per_channel_quantized_tensor",
+    "_weight_int4pack_mm_for_cpu",
+    "_weight_int8pack_mm",
     "_pad_token_tensor",  # transformers: of a prepared generation config
     "_replace",  # of every named tuple, public in spite of its name
 }

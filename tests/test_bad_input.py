@@ -411,6 +411,59 @@ NUMBERS = {
         (HEAL + " --teacher {empty} --distill 0.5", ""),
     )
 }
+EVAL = "eval {checkpoint} --out {out} --data-dir {texts} --tasks"
+EVALUATIONS = {
+    line: case(line, says, spoil)
+    for line, says, spoil in (
+        (f"{EVAL} arc_eazy", "did you mean 'arc_easy'", None),
+        (f"{EVAL} sciq", "sciq.jsonl", None),
+        (f"{EVAL} sciq --num-steps 0", "num-steps", None),
+        (f"{EVAL} sciq --num-steps 1,deep", "num-steps", None),
+        (f"{EVAL} sciq --num-steps 99999999", "max_num_steps", None),
+        (f"{EVAL} sciq --limit 0", "limit", None),
+        (f"{EVAL} sciq --batch-size 0", "batch_size", None),
+        (f"{EVAL} sciq --criterion fog", "fog", None),
+        (f"{EVAL} sciq --exit-threshold much", "exit-threshold", None),
+        (f"{EVAL} sciq --compare {{root}}/nowhere", "nowhere", None),
+        (f"{EVAL} sciq --compare {{griffin}}:2", "recurrent_gemma", None),
+        (f"{EVAL} sciq --device banana", "banana", None),
+        (f"{EVAL} sciq --num-fewshot -1", "num-fewshot", None),
+        (f"{EVAL} sciq --preset giraffe", "giraffe", None),
+        (f"{EVAL} sciq --preset huginn --num-fewshot 2", "num_fewshot", None),
+        (f"{EVAL} boolq --preset huginn", "boolq", None),
+        (f"{EVAL} task:iterat", "iterate", None),
+        (f"{EVAL} mmlu", "mmlu", None),
+        (f"{EVAL} text:{{texts}}/none.jsonl", "none.jsonl", None),
+        (f"{EVAL} text:{{texts}}/good.jsonl?rows=0", "rows", None),
+        (f"{EVAL} text:{{texts}}/good.jsonl?length=4000", "4000", None),
+        (f"{EVAL} text:{{texts}}/good.jsonl --compare {{source}}", "tokenizer", remove("source/tokenizer.json")),
+        (f"{EVAL} sciq --out {{file}}", "file", None),
+        (f"{EVAL} sciq --out {{texts}}", "texts", None),
+        ("eval {checkpoint}", "no task", None),
+        ("eval {source} --tasks sciq --out {out}", "recurrent", None),
+        ("eval {root}/nowhere --tasks sciq --out {out}", "does not exist", None),
+        ("eval {checkpoint} --tasks sciq --out {out} --data-dir {file}", "file", None),
+        (f"{EVAL} sciq", "tokenizer", all_of(text("texts/sciq.jsonl", "{}"), text("checkpoint/tokenizer.json", "{"))),
+        (f"{EVAL} sciq ", "sciq", text("texts/sciq.jsonl", "{")),
+        (f"{EVAL}  sciq", "support", text("texts/sciq.jsonl", '{"question": "x"}\n')),
+        (f"{EVAL} gsm8k", "tokens", text("texts/gsm8k.jsonl", '{"question": "x", "answer": "#### 1"}\n' * 9)),
+        ("analyze {checkpoint} --out {out}", "prompts or data", None),
+        ("analyze {checkpoint} --out {out} --prompt a", "at least 2", None),
+        ("analyze {checkpoint} --out {out} --prompt hello --data {texts}/good.jsonl", "prompts or data", None),
+        ("analyze {checkpoint} --out {out} --prompt hello --num-steps 3", "at least 7", None),
+        ("analyze {checkpoint} --out {out} --data {texts}/none.jsonl", "none.jsonl", None),
+        ("analyze {checkpoint} --out {out} --data {texts}/good.jsonl --rows 0", "rows", None),
+        ("analyze {checkpoint} --out {out} --data {texts}/good.jsonl --sequence-length 1", "sequence_length", None),
+        ("analyze {checkpoint} --out {out} --data {texts}/good.jsonl --sequence-length 400", "400", None),
+        ("analyze {checkpoint} --out {texts} --prompt hello", "exists", None),
+        ("analyze {checkpoint} --out {out} --prompt hello --compare {root}/nowhere", "nowhere", None),
+        ("analyze {checkpoint} --out {out} --prompt hello", "tokenizer", text("checkpoint/tokenizer.json", "{")),
+        ("analyze {source} --out {out} --prompt hello", "recurrent", None),
+        ("publish {checkpoint} no/such/name", "no/such/name", None),
+        ("publish {checkpoint} you/model", "not healed", None),
+        ("publish {empty} you/model", "config.json", None),
+    )
+}
 DEVICES = {
     f"{command} on {device}": case(f"{line} --device {device}", device)
     for command, line in {
@@ -483,6 +536,7 @@ CASES = {
     **RECIPES,
     **DATA,
     **NUMBERS,
+    **EVALUATIONS,
     **DEVICES,
     **FOLDERS,
 }

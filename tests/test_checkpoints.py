@@ -64,8 +64,9 @@ def converted(zoo, tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("converted")
     for name, source in zoo.items():
         redepth.convert(source, root / name, core="2:4", adapter="random", state="noise")
+    redepth.convert(zoo["gemma2"], root / "gated", core="2:4", adapter="gate:0.5", state="noise")
     republish(HUGINN, root / "huginn")
-    return {name: root / name for name in [*zoo, "huginn"]}
+    return {name: root / name for name in [*zoo, "gated", "huginn"]}
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -82,6 +83,13 @@ def test_save_load_save_gives_the_same_bytes(family: str, converted, tmp_path: P
         load_file(tmp_path / "first" / "model.safetensors").keys()
         == load_file(converted[family] / "model.safetensors").keys()
     )
+
+
+def test_a_gate_is_saved_and_loaded(converted, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(converted["gated"]).save_pretrained(tmp_path / "first")
+    first, original = (load_file(folder / "model.safetensors") for folder in (tmp_path / "first", converted["gated"]))
+    assert first.keys() == original.keys() and "transformer.state_gate.weight" in first
+    assert all(torch.equal(first[name], original[name]) for name in first)
 
 
 def test_modelling_files_are_redepths_own(converted) -> None:
@@ -103,7 +111,7 @@ def test_folders_load_without_redepth(converted, tmp_path: Path) -> None:
     )
     plain = torch.load(tmp_path / "out.pt")
     ids = torch.arange(3, 20)[None]
-    assert len(folders) == len(FAMILIES) + 1
+    assert len(folders) == len(FAMILIES) + 2
     for folder in folders.values():
         model = redepth.load(folder)
         with torch.no_grad():

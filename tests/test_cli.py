@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,23 @@ def redepth_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     return run
 
 
-COMMANDS = ("plan", "convert", "verify", "inspect", "heal", "calibrate", "retrofit", "generate", "chat", "new")
+COMMANDS = (
+    "plan",
+    "convert",
+    "verify",
+    "inspect",
+    "heal",
+    "calibrate",
+    "retrofit",
+    "generate",
+    "chat",
+    "play",
+    "serve",
+    "new",
+    "eval",
+    "analyze",
+    "publish",
+)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -177,15 +194,65 @@ def test_calibrate(redepth_command, source: Path, tmp_path: Path) -> None:
     assert "Measured on 64 tokens" in (out_folder / "README.md").read_text()
 
 
-def test_chat(redepth_command, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = iter(["hello", "/steps 3", "/steps 0", "/steps x", "/nonsense", "/reset", "again", "/quit"])
-    prompts = []
-    monkeypatch.setattr("builtins.input", lambda prompt: (prompts.append(prompt), next(said))[1])
+def talk(redepth_command, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, *lines) -> tuple[list[str], str]:
+    """What a chat asks for, line by line, and all that it prints; an exception among the lines is raised at the prompt."""
+    waiting, prompts = iter([*lines, "/quit"]), []
+
+    def ask(prompt: str) -> str:
+        prompts.append(prompt)
+        line = next(waiting)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", ask)
     code, out, _ = redepth_command("chat", checkpoint, "--max-new-tokens", 3)
     assert code == 0
+    return prompts, out
+
+
+def test_chat(redepth_command, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ("hello", "/steps 3", "/steps 0", "/steps x", "/nonsense", "/clear", "again")
+    prompts, out = talk(redepth_command, checkpoint, monkeypatch, *lines)
     assert prompts[0] == "[r = 1] > "
     assert prompts[-1] == "[r = 3] > "
-    assert "at least 1" in out
+    for told in ("at least 1", "whole number, got 'x'", "/nonsense is unknown"):
+        assert told in out
+
+
+def test_chat_changes_the_exit_test_and_shows_what_it_did(redepth_command, checkpoint, monkeypatch) -> None:
+    lines = ("/steps 4", "/exit kl 1e9", "hello", "/show", "/exit nothing", "/exit off", KeyboardInterrupt(), "/help")
+    prompts, out = talk(redepth_command, checkpoint, monkeypatch, *lines)
+    assert prompts[2] == "[r ≤ 4, kl] > "
+    assert prompts[-1] == "[r = 4] > "
+    assert "num_steps=4 criterion=kl exit_threshold=1000000000.0" in out
+    assert "mean 2.0 over 3 tokens" in out  # such a threshold lets every token go at the first comparison
+    assert "unknown exit criterion 'nothing'" in out
+    assert "/exit TEST" in out
+
+
+def test_chat_stops_an_answer_at_ctrl_c_and_goes_on(redepth_command, checkpoint, monkeypatch) -> None:
+    """The signal arrives while the first token is made: the answer ends with it, the chat does not."""
+    from transformers import TextStreamer
+
+    put, pressed = TextStreamer.put, []
+
+    def press(self, value) -> None:
+        put(self, value)
+        if not pressed:
+            pressed.append(signal.raise_signal(signal.SIGINT))
+
+    monkeypatch.setattr(TextStreamer, "put", press)
+    _, out = talk(redepth_command, checkpoint, monkeypatch, "hello", "/show", "again", "/show")
+    assert "over 1 tokens" in out
+    assert "over 3 tokens" in out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_chat_survives_what_is_too_long(redepth_command, checkpoint, monkeypatch) -> None:
+    prompts, out = talk(redepth_command, checkpoint, monkeypatch, "x" * 200, "hello")
+    assert "/clear forgets" in out
+    assert len(prompts) == 3
 
 
 def test_inspect_new_and_republish(redepth_command, checkpoint: Path, tmp_path: Path) -> None:

@@ -309,7 +309,6 @@ FSDP = {
 }
 
 
-@pytest.mark.slow
 def test_fsdp2_follows_one_process_and_resumes(tmp_path: Path) -> None:
     """Sharded weights, optimiser and checkpoints; killed on the way."""
     fresh = tmp_path / "fresh"

@@ -26,6 +26,7 @@ from redepth.healing.optim import (
     set_trainable,
 )
 from redepth.healing.preflight import depths_of_run
+from redepth.healing.prepare import prepare
 from redepth.healing.recipe import HealRecipe
 from redepth.healing.trainer import HealTrainer
 from redepth.runtime import has_bf16
@@ -99,9 +100,14 @@ def test_every_kind_of_run_is_taken_up_again(
     assert "lora" not in " ".join(redepth.load(tmp_path / "resumed").state_dict())
 
 
+def test_adamw_remembers_as_long_as_the_recipe_says(checkpoint: Path, tmp_path: Path) -> None:
+    trainer = prepare(checkpoint, HealRecipe(**SHORT | {"adam_beta2": 0.9}), tmp_path, lambda record: None).trainer
+    assert {group["betas"] for group in trainer.create_optimizer().param_groups} == {(0.9, 0.9)}
+
+
 def test_muon_trains_matrices_and_adamw_the_rest(checkpoint: Path) -> None:
     """Against torch's two optimisers, each on its own parameters, and through a save and load in the middle."""
-    recipe = HealRecipe(optimizer="muon", learning_rate=1e-3, muon_learning_rate=1e-2, weight_decay=0.1)
+    recipe = HealRecipe(optimizer="muon", learning_rate=1e-3, muon_learning_rate=1e-2, weight_decay=0.1, adam_beta2=0.9)
     models = [redepth.load(checkpoint, dtype="float32").train() for _ in range(2)]
     names = [name for name, _ in models[0].named_parameters()]
     decays = {name for name in names if "norm" not in name and "ln_f" not in name}
@@ -115,6 +121,7 @@ def test_muon_trains_matrices_and_adamw_the_rest(checkpoint: Path) -> None:
     adamw = torch.optim.AdamW(
         [{"params": pick(decays - inner), "weight_decay": 0.1}, {"params": pick(set(names) - decays - inner)}],
         lr=1e-3,
+        betas=(0.9, 0.9),
         weight_decay=0.0,
         fused=True,  # as ours: a last bit's difference here would become 1e-4 in Muon's bf16
     )

@@ -21,16 +21,17 @@ CLOSE = tolerance(layers=4 + 4 * NUM_STEPS, width=64)  # the Huginn; the others 
 
 @pytest.fixture(scope="module")
 def models(zoo) -> dict[str, RecurrentDepthForCausalLM]:
-    """A converted model of every family, its adapter random, so that the state is carried on; and a Huginn."""
+    """A converted model of every family, its adapter random, so that the state is carried on; a gated one; a Huginn."""
     states = ("noise", "embed", "zeros")
     converted = {
         name: plan_conversion(zoo[name], "0:2", "2:4", "5:6", adapter="random", state=states[i % 3]).model()
         for i, name in enumerate(sorted(zoo))
     }
-    return converted | {"huginn": redepth.load(HUGINN)}
+    gated = plan_conversion(zoo["gemma3"], "0:2", "2:4", "5:6", adapter="gate:0.6", state="zeros").model()
+    return converted | {"gated": gated, "huginn": redepth.load(HUGINN)}
 
 
-@pytest.fixture(params=[*sorted(FAMILIES), "huginn"])
+@pytest.fixture(params=[*sorted(FAMILIES), "gated", "huginn"])
 def model(request: pytest.FixtureRequest, models) -> RecurrentDepthForCausalLM:
     return models[request.param]
 
@@ -233,8 +234,9 @@ def test_sampled_depth_has_the_published_distribution() -> None:
     assert all(with_gradient == min(3, sum((without, with_gradient))) for without, with_gradient in draws)
 
 
-def test_gradients_reach_every_parameter_and_truncate(models) -> None:
-    model = models["gemma3"].train()
+@pytest.mark.parametrize("name", ["gemma3", "gated"])
+def test_gradients_reach_every_parameter_and_truncate(models, name: str) -> None:
+    model = models[name].train()
     ids = random_ids(2, 9)
     model(ids, labels=ids, num_steps=4).loss.backward()
     full = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}

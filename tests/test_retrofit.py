@@ -119,3 +119,20 @@ def test_retrofit_refuses_what_does_not_fit(recipe_file: Path, tmp_path: Path, m
         recipe_file.write_text(json.dumps(broken))
         with pytest.raises(RedepthError, match=message):
             read_retrofit_recipe(recipe_file)
+
+
+def test_a_retrofit_ends_in_a_report(recipe_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    parts: list[str] = []
+    redepth.retrofit(recipe_file, out, on_progress=lambda record: parts.append(record.part))
+    assert parts[-1] == "report"
+    report = (out / "report.html").read_text()
+    assert "<html" in report and out.name in report
+    assert (out / "healing.png").read_bytes().startswith(b"\x89PNG")
+    assert {"report.html", "healing.png"} <= set(json.loads((out / ".redepth.json").read_text())["files"])
+    written = (out / "report.html").stat().st_mtime_ns
+    redepth.retrofit(recipe_file, out)
+    assert (out / "report.html").stat().st_mtime_ns == written
+    (out / "report.html").unlink()
+    redepth.retrofit(recipe_file, out, report=False)
+    assert not (out / "report.html").exists()

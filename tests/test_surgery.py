@@ -41,6 +41,7 @@ def mse(model, ids: torch.Tensor, wanted: torch.Tensor, num_steps: int) -> float
         ("inject", "embed", (1, 2, 5)),
         ("blend:0.25", "embed", (1,)),
         ("blend:1", "embed", (1,)),
+        ("gate:0.25", "embed", (1,)),
         ("random", "skip-adapter", (1,)),
         ("inject", "skip-adapter", (1, 2)),
     ],

@@ -93,15 +93,17 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token=":", pad_token=";")
 
 
-def test_accuracy_in_words_matches_one_text_at_a_time(task, model, tokenizer):
+@pytest.mark.parametrize("questions", [1, 3])
+def test_accuracy_in_words_matches_one_answer_at_a_time(task, model, tokenizer, questions):
     torch.manual_seed(2)
     config = type(model.config)(**(model.config.to_dict() | {"vocab_size": len(tokenizer)}))
     speaker = RecurrentDepthForCausalLM(config).eval()
-    found = task_accuracy(speaker, task, text_batches(task, tokenizer, len(tokenizer), 10, seed=4), 2, (1, 2))
+    batches = text_batches(task, tokenizer, len(tokenizer), 10, seed=4, questions=questions)
+    found = task_accuracy(speaker, task, batches, 2, (1, 2))
     hits = {}
     for split in ("held-out", "harder"):
-        for text in task.texts(split, 10, 4):
-            (answer,) = text.answers
+        asked = [(text, answer) for text in task.texts(split, 10, 4, questions) for answer in text.answers]
+        for text, answer in asked:
             if split == "harder" and answer.difficulty <= 2:
                 continue
             ids = tokenizer(text.text[: answer.start], return_tensors="pt")["input_ids"]
@@ -186,7 +188,7 @@ def test_the_command(trained, tmp_path):
     assert written["task"] == SPEC and len(written["exits"]["mean_steps"]) == 5
     assert [file.suffix for file in tmp_path.glob("roots*")] == [".png"]
     as_json = CliRunner().invoke(app, [*words[:6], "--json"])
-    assert json.loads(as_json.stdout)[0]["accuracy"] == written["accuracy"]
+    assert json.loads(as_json.stdout)["tasks_by_difficulty"][0]["accuracy"] == written["accuracy"]
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from .errors import RedepthError
-from .registration import register_with_transformers
+from .registration import register_with_libraries
 
 if TYPE_CHECKING:
     from .analysis.patch import patch
     from .analysis.record import record
-    from .api import analyze, calibrate, convert, create, evaluate, heal, inspect, load, plan, retrofit, verify
+    from .api import analyze, calibrate, convert, create, evaluate, heal, inspect, load, plan, publish, retrofit, verify
     from .griffin import RecurrentGemmaCache, RecurrentGemmaConfig, RecurrentGemmaForCausalLM, RecurrentGemmaModel
     from .healing.recipe import HealRecipe
     from .modeling import (
@@ -42,6 +42,8 @@ _MODULES = {
             "inspect",
             "load",
             "plan",
+            "publish",
+            "quantize",
             "retrofit",
             "verify",
         ),
@@ -90,6 +92,8 @@ __all__ = [
     "load",
     "patch",
     "plan",
+    "publish",
+    "quantize",
     "record",
     "retrofit",
     "verify",
@@ -108,4 +112,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-register_with_transformers()
+register_with_libraries()

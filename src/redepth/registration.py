@@ -1,4 +1,5 @@
-"""Tells transformers' Auto classes about `huginn_raven`: at once if they are loaded, otherwise as soon as they are.
+"""Tells transformers' Auto classes about `huginn_raven`, and lm-eval about its model class: at once where they are loaded,
+otherwise as soon as they are.
 
 Loading them takes seconds, since torch comes along; a program that only wants redepth's version, or a command's help,
 should not wait for that.
@@ -38,14 +39,22 @@ def register_models() -> None:
         auto_class.register(RecurrentDepthConfig, model_class, exist_ok=True)
 
 
-# What to register in each of transformers' modules once it is loaded.
+def register_with_lm_eval() -> None:
+    from lm_eval.api.registry import model_registry
+
+    if "redepth" not in model_registry:
+        model_registry.register("redepth", target="redepth.evaluation.harness:RedepthLM")
+
+
+# What to register in each of other libraries' modules once it is loaded.
 REGISTRATIONS: dict[str, Callable[[], None]] = {
     "transformers.models.auto.configuration_auto": register_config,
     "transformers.models.auto.modeling_auto": register_models,
+    "lm_eval.models": register_with_lm_eval,
 }
 
 
-def register_with_transformers() -> None:
+def register_with_libraries() -> None:
     for module, register in REGISTRATIONS.items():
         if module in sys.modules:
             register()

@@ -13,11 +13,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from redepth.checkpoint.folder import CheckpointFolder, write_json
-from redepth.checkpoint.load import load, load_tokenizer, read_config
+from redepth.checkpoint.load import is_recurrent, load, load_tokenizer, read_config
 from redepth.data.rows import held_out_text
 from redepth.errors import RedepthError, first_line
 from redepth.evaluation.held_out import next_token_loss
-from redepth.modeling import RecurrentDepthConfig, RecurrentDepthForCausalLM
+from redepth.modeling import RecurrentDepthForCausalLM
 
 from .contraction import Stretch
 from .measure import Course, check_depth, measure_course, stretch_by_step
@@ -62,21 +62,6 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
                 f"prompt {prompt!r} has {len(ids)} tokens; give at least 2, so that one can be predicted"
             )
     return texts
-
-
-def is_recurrent(checkpoint: str | Path) -> bool:
-    """Whether a checkpoint has a loop in depth.
-
-    Raises:
-        RedepthError: where there is none that can be read.
-    """
-    try:
-        values, _ = RecurrentDepthConfig.get_config_dict(checkpoint)
-    except (OSError, ValueError) as error:
-        raise RedepthError(
-            f"checkpoint {str(checkpoint)!r} has no readable configuration: {first_line(error)}"
-        ) from None
-    return values.get("model_type") == RecurrentDepthConfig.model_type
 
 
 def analyze_model(

@@ -7,15 +7,21 @@ from redepth.checkpoint.folder import DEFAULT_SHARD_SIZE
 from redepth.surgery.plan import DEFAULT_ADAPTER, DEFAULT_STATE, GROUPS
 from redepth.surgery.presets import PRESETS
 
-from .making import Converted, Created, convert, create, plan
+from .making import Converted, Created, convert, create, plan, quantize
 from .measuring import analyze, calibrate, evaluate, inspect, load, load_tokenizer, read_config, verify
+from .serving import DRAIN_SECONDS, LOOPBACK, MAX_ROWS, MAX_TOKENS, play, serve
+from .sharing import plan_publication, publish
 from .training import heal, plan_healing, retrofit
 
 __all__ = [
     "DEFAULT_ADAPTER",
     "DEFAULT_SHARD_SIZE",
     "DEFAULT_STATE",
+    "DRAIN_SECONDS",
     "GROUPS",
+    "LOOPBACK",
+    "MAX_ROWS",
+    "MAX_TOKENS",
     "PRESETS",
     "Converted",
     "Created",
@@ -30,7 +36,12 @@ __all__ = [
     "load_tokenizer",
     "plan",
     "plan_healing",
+    "plan_publication",
+    "play",
+    "publish",
+    "quantize",
     "read_config",
     "retrofit",
+    "serve",
     "verify",
 ]

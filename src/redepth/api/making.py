@@ -84,7 +84,8 @@ def convert(
             planned and nothing written.
         prelude, core, coda: source layers as Python slices, such as `"0:10"`. Without them every layer is kept and
             the middle fifth is the core; with only a core, prelude and coda are the layers before and after it.
-        adapter: how e and the state are mixed at the start: `inject` [0 | I], `blend:α` [αI | (1−α)I], or `random`.
+        adapter: how e and the state are mixed at the start: `inject` [0 | I], `blend:α` [αI | (1−α)I], `gate:α` (the same, and a gate
+            on the state, which published code has not), or `random`.
         state: s_0: `embed` (the prelude's output), `noise`, `zeros`, or `skip-adapter`, which is `embed` with a first step
             that leaves the adapter out: it equals its source at r = 1 whatever the adapter.
         dtype: `float32`, `bfloat16` or `float16`; the source's own by default (fp32 for GGUF).
@@ -244,3 +245,70 @@ def create(
     count = count_parameters(config)
     written = write(config, out, words, wanted, seed, overwrite) if out is not None else None
     return Created(written, config, count)
+
+
+def quantize(
+    checkpoint: str | Path,
+    to: str | Path,
+    *,
+    bits: int = 8,
+    kind: str | None = None,
+    groups: str = "core",
+    data: str = "python-docs",
+    text_column: str = "text",
+    rows: int = 8,
+    sequence_length: int = 256,
+    largest_loss: float | None = None,
+    overwrite: bool = False,
+    on_progress: OnProgress | None = None,
+) -> dict[str, Any]:
+    """Write a copy of a recurrent checkpoint with its weights in 8 or 4 bits, and say what that costs at every depth.
+
+    Args:
+        checkpoint: folder or hub id.
+        to: folder to write; with `overwrite`, a checkpoint that redepth wrote may be there.
+        bits: 8 or 4.
+        kind: `dynamic`, 8-bit products in the core, or `weight-only`; dynamic by default, with 4 bits weight-only.
+        groups: `core`, or `all` layers.
+        data: text to measure on: python-docs, a .txt, .jsonl, .json or .parquet file, or a datasets id, with its
+            `text_column`.
+        rows, sequence_length: how much text is read.
+        largest_loss: nats of loss that it may cost at any measured depth, 0.02 by default.
+        on_progress: called with (part, share done).
+
+    Returns:
+        what `quantization.json` holds: the choices, and for r = 1, 4, 16 and 32 `loss_before`, `loss`, `kl` and
+        `top1_agreement`.
+
+    Raises:
+        RedepthError: for choices or a checkpoint that don't fit, and for a larger loss; nothing is left at `to` then.
+    """
+    import math
+
+    from redepth.checkpoint.folder import CheckpointFolder
+    from redepth.checkpoint.load import check_unquantized, read_config
+    from redepth.checkpoint.sources import open_source
+    from redepth.data.rows import held_out_text
+    from redepth.evaluation.quantize import LARGEST_LOSS
+    from redepth.evaluation.quantize import quantize as write
+    from redepth.modeling.quantizer import DepthQuantizationConfig
+
+    chosen = DepthQuantizationConfig(bits, kind, groups)
+    allowed = LARGEST_LOSS if largest_loss is None else largest_loss
+    if not (math.isfinite(allowed) and allowed >= 0):
+        raise RedepthError(f"--largest-loss {allowed} must be a number of nats, at least 0")
+    if rows < 1 or sequence_length < 2:
+        raise RedepthError(f"--rows {rows} and --sequence-length {sequence_length} must be at least 1 and 2")
+    config, _ = read_config(checkpoint)
+    check_unquantized(checkpoint, config, "be quantised again")
+    if sequence_length > config.block_size:
+        raise RedepthError(
+            f"--sequence-length {sequence_length} is more than the {config.block_size} this model allows"
+        )
+    source = open_source(checkpoint)
+    target = CheckpointFolder(to)
+    target.check_apart(source.folder)
+    target.check_replaceable(overwrite)
+    tokens = held_out_text(load_tokenizer(checkpoint), data, text_column, sequence_length, rows)
+    told = shares(on_progress, "measuring")
+    return write(source, Path(to), chosen, tokens, data, allowed, overwrite, on_row=told)

@@ -11,7 +11,7 @@ from .progress import OnProgress, shares
 if TYPE_CHECKING:
     import torch
 
-    from redepth.evaluation.tasks import TaskAccuracy
+    from redepth.evaluation.across_depths import DepthEvaluation
     from redepth.griffin import RecurrentGemmaForCausalLM
     from redepth.modeling import RecurrentDepthConfig, RecurrentDepthForCausalLM
     from redepth.modeling.exits import ExitTest, Measure
@@ -108,55 +108,106 @@ def evaluate(
     checkpoint: str | Path,
     tasks: Sequence[str] | None = None,
     *,
-    num_steps: Sequence[int] = (1, 2, 4, 8, 16),
+    preset: str | None = None,
+    num_steps: Sequence[int] | None = None,
     criterion: "str | ExitTest | Measure | None" = None,
     exit_threshold: float | str = "auto",
-    limit: int = 256,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    data_dir: str | Path | None = None,
+    questions: int = 1,
+    batch_size: int = 8,
+    compare: Sequence[str | Path] | None = None,
     seed: int = 0,
-    dtype: str = "auto",
+    dtype: str | None = None,
     device: "str | torch.device" = "auto",
     out: str | Path | None = None,
     on_progress: OnProgress | None = None,
-) -> "list[TaskAccuracy]":
-    """Measure accuracy on tasks by difficulty and number of steps.
+) -> "DepthEvaluation":
+    """Measure a checkpoint at several depths: accuracy on tasks, and the loss on texts.
 
     Args:
-        tasks: such as `task:iterate?depth=1-8`; the task that a small model was trained on by default.
+        tasks: names of lm-eval's tasks, such as `arc_easy`; `task:iterate?depth=1-8`, problems by difficulty; and
+            `text:FILE?rows=4&length=512`, the loss on a text. The task that a small model was trained on by default.
+        preset: `huginn` or `retrofit`, the tasks and settings under which these models were published; `tasks` then
+            names some of its own.
+        num_steps: 1, 2, 4, 8 and 16 by default, or the preset's.
         criterion, exit_threshold: also run adaptive exit under this test, as `DepthPolicy.resolve` takes them.
-        limit: problems of each split.
-        seed: of the problems.
-        out: folder for `tasks.json` and a heat map of each task.
-        on_progress: called with (task, share done).
+        limit: documents of each of lm-eval's tasks, all by default; of `task:`, problems of each split, 256 by default.
+        num_fewshot: examples in each prompt of lm-eval's tasks; each task's own number by default.
+        data_dir: folder with the rows of lm-eval's tasks, `arc_easy.jsonl` and so on, in the schema of the hub.
+        questions: in each problem of `task:` in words; all but the last hide their answers.
+        batch_size: of lm-eval's requests.
+        compare: other models for the same tasks and texts: folder or hub id of a recurrent checkpoint, with `:R` for
+            one depth, or a model without a loop.
+        seed: of the problems of `task:`.
+        dtype: as saved by default, or the preset's.
+        out: folder to write; an evaluation that was killed in it goes on. The checkpoint's name with `-evaluation` by
+            default, but nothing is written for `task:` alone.
+        on_progress: called with (part, share done).
 
     Raises:
-        RedepthError: for a task or a number that does not fit.
+        RedepthError: for a task, a model or a number that does not fit, before any compute.
     """
-    from redepth.evaluation.tasks import evaluate_task
+    from redepth.data.tasks import open_task
+    from redepth.evaluation.across_depths import DepthEvaluation, Settings, check_out, evaluate_across_depths
+    from redepth.evaluation.presets import TaskList, find_preset, narrowed
+    from redepth.evaluation.tasks import DEPTHS, PROBLEMS, evaluate_task
+    from redepth.evaluation.texts import PREFIX
     from redepth.runtime import choose_device, require
 
+    published = find_preset(preset) if preset is not None else None
+    depths = tuple(num_steps) if num_steps is not None else published.num_steps if published else DEPTHS
+    where = str(choose_device(device))
+    precision = dtype or (published.dtype if published else "auto")
+    texts = [task for task in tasks or () if task.startswith(PREFIX)]
+    by_difficulty: list[str | None] = [task for task in tasks or () if task.startswith("task:")]
+    named = [task for task in tasks or () if not task.startswith((PREFIX, "task:"))]
+    if published is None:
+        lists = [TaskList(tuple(named), num_fewshot)] if named else []
+    elif num_fewshot is not None:
+        raise RedepthError(f"preset {preset!r} says how many examples a prompt has; leave num_fewshot out")
+    else:
+        lists = narrowed(published.lists, named) if named else list(published.lists)
+    if not tasks and published is None:
+        by_difficulty = [None]
+    if out is None and (lists or texts):
+        out = f"{Path(checkpoint).name}-evaluation"
     if out is not None:
         require("matplotlib", "plots")
-    where = str(choose_device(device))
-    chosen: Sequence[str | None] = list(tasks) if tasks else [None]
-    found = [
-        evaluate_task(
-            checkpoint,
-            spec,
-            num_steps,
-            criterion,
-            exit_threshold,
-            limit,
-            seed,
-            dtype,
-            where,
-            shares(on_progress, spec or "evaluate"),
+        check_out(Path(out))
+    settings = Settings(
+        depths,
+        criterion,
+        exit_threshold,
+        limit,
+        batch_size,
+        Path(data_dir).expanduser() if data_dir is not None else None,
+        tuple(map(str, compare or ())),
+        precision,
+        where,
+        preset,
+    )
+    settings.check()
+    if lists or texts:
+        for spec in by_difficulty:  # its mistakes are told before any compute
+            open_task(str(spec))
+        assert out is not None
+        found = evaluate_across_depths(str(checkpoint), lists, texts, settings, Path(out), on_progress)
+    else:
+        found = DepthEvaluation(out=Path(out) if out is not None else None)
+    for spec in by_difficulty:
+        told = shares(on_progress, spec or "evaluate")
+        problems = PROBLEMS if limit is None else limit
+        found.by_difficulty.append(
+            evaluate_task(
+                checkpoint, spec, depths, criterion, exit_threshold, problems, seed, precision, where, told, questions
+            )
         )
-        for spec in chosen
-    ]
-    if out is not None:
+    if out is not None and found.by_difficulty:
         from redepth.evaluation.plots import write_evaluations
 
-        write_evaluations(found, Path(out))
+        write_evaluations(found.by_difficulty, Path(out))
     return found
 
 
@@ -242,7 +293,8 @@ def load(
         name: folder or hub id.
         dtype: `auto` (as saved), a torch dtype or its name.
         device: where to put it; `auto` takes a GPU where there is one.
-        options: `revision`, `device_map`, `quantization_config` and `attn_implementation`, as transformers takes them.
+        options: `revision`, `device_map` and `attn_implementation`, as transformers takes them; `quantization`, `int8`,
+            `int8-weight-only`, `int4` or a configuration, to quantise the core as it is loaded.
 
     Raises:
         RedepthError: where there is no such checkpoint, it is of another kind, its weights don't fit or are not numbers,

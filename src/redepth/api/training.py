@@ -73,14 +73,19 @@ def retrofit(
     *,
     on_progress: "Callable[[Progress], None] | None" = None,
     on_preflight: "Callable[[Preflight], None] | None" = None,
+    report: bool = True,
     **changes: Any,
 ) -> "Evaluation":
     """Convert, verify, heal, calibrate and evaluate by one recipe; finished parts are not repeated.
+
+    The folder then holds the model with its card and records, and a report: `healing.png`, the curve of the healing, and
+    `report.html`, a look inside the loop on held-out text.
 
     Args:
         recipe: a YAML file with sections `convert`, `heal`, `calibrate` and `evaluate`, or its content.
         out: folder to write; the file's name by default.
         on_progress, on_preflight: as for `heal`.
+        report: write the report, which needs matplotlib.
         changes: keys of the section `heal`, laid over it.
 
     Raises:
@@ -88,12 +93,21 @@ def retrofit(
     """
     from redepth.healing.retrofit import RetrofitRecipe, read_retrofit_recipe
     from redepth.healing.retrofit import retrofit as run
+    from redepth.runtime import require
 
-    if isinstance(recipe, RetrofitRecipe):
-        if out is None or changes:
-            raise RedepthError(
-                "a recipe that is not a file has no name and takes no changes; give out, and put the changes into the recipe"
-            )
-        return run(recipe, out, on_progress, on_preflight)
-    settings = read_retrofit_recipe(recipe, **changes)
-    return run(settings, out or Path(Path(recipe).stem), on_progress, on_preflight)
+    from .reporting import write_retrofit_report
+
+    if report:
+        require("matplotlib", "plots")
+    if not isinstance(recipe, RetrofitRecipe):
+        settings, folder = read_retrofit_recipe(recipe, **changes), Path(out or Path(recipe).stem)
+    elif out is None or changes:
+        raise RedepthError(
+            "a recipe that is not a file has no name and takes no changes; give out, and put the changes into the recipe"
+        )
+    else:
+        settings, folder = recipe, Path(out)
+    evaluation = run(settings, folder, on_progress, on_preflight)
+    if report:
+        write_retrofit_report(settings, folder.expanduser(), on_progress)
+    return evaluation

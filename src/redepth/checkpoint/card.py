@@ -12,6 +12,7 @@ from .folder import (
     CONFIG_FILE,
     EVALUATION_FILE,
     HEALING_FILE,
+    QUANTIZATION_FILE,
     RECIPE_FILE,
     VERIFICATION_FILE,
     read_json,
@@ -115,6 +116,25 @@ def _evaluation_section(evaluation: dict[str, Any]) -> str:
     )
 
 
+def _quantization_section(found: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"r = {depth}",
+            f"{at['loss_before']:.3f}",
+            f"{at['loss']:.3f}",
+            f"{at['kl']:.1e}",
+            f"{at['top1_agreement']:.1%}",
+        ]
+        for depth, at in found["depths"].items()
+    ]
+    return (
+        f"Weights in {found['bits']} bits, {found['kind']}, in {found['groups']}, by `redepth quantize`. Beside the same "
+        f"weights unquantised, in fp32, on {found['tokens']:,} tokens of {found['data']}:\n\n"
+        + _table(["steps", "loss before", "loss", "KL (nats)", "same pick"], rows)
+        + "\n\nThe figures of the other sections are of the weights before."
+    )
+
+
 def _text_licences(sources: list[dict[str, Any]]) -> str:
     """What the model was healed on, source by source, with its licences."""
 
@@ -170,6 +190,9 @@ def write_card(folder: Path, name: str | None = None, base: Path | None = None, 
         "## Depth\n\n" + _depth_section(config.depth_profile),
         f"## Licence\n\nThe source's: {licence}.",
     ]
+    quantization = record(QUANTIZATION_FILE)
+    if quantization is not None:
+        sections.insert(-1, "## Quantisation\n\n" + _quantization_section(quantization))
     evaluation = record(EVALUATION_FILE)
     if evaluation is not None:
         sections.insert(-1, "## Evaluation\n\n" + _evaluation_section(evaluation))

@@ -9,7 +9,7 @@ from redepth.modeling import RecurrentDepthConfig, RecurrentDepthForCausalLM
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of each part; the adapter is part of the core, a tied head counts nothing of its own."""
+    """Parameters of each part; the adapter and the state's gate are part of the core, a tied head counts nothing of its own."""
 
     embedding: int
     prelude: int
@@ -42,7 +42,7 @@ def count_parameters(config: RecurrentDepthConfig) -> ParameterCount:
     return ParameterCount(
         embedding=size(parts["wte"]),
         prelude=size(parts["prelude"]),
-        core=size(parts["core_block"], parts["adapter"]),
+        core=size(parts["core_block"], parts["adapter"], *([parts.state_gate] if parts.state_gate is not None else [])),
         coda=size(parts["coda"], parts["ln_f"]),
         head=0 if config.tie_embeddings else size(model.lm_head),
     )

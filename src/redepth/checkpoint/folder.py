@@ -23,6 +23,7 @@ VERIFICATION_FILE = "verification.json"
 HEALING_FILE = "healing.json"
 HEALING_LOG_FILE = "healing-log.jsonl"
 EVALUATION_FILE = "evaluation.json"
+QUANTIZATION_FILE = "quantization.json"
 FAMILY_FILE = "family.yaml"
 CARD_FILE = "README.md"
 MANIFEST_FILE = ".redepth.json"
@@ -40,7 +41,7 @@ CONVERT_KEYS: dict[str, tuple[type, ...]] = {
     "tie": (bool,),
     "seed": (int,),
 }
-RECORD_FILES = {RECIPE_FILE, VERIFICATION_FILE, HEALING_FILE, HEALING_LOG_FILE, EVALUATION_FILE}
+RECORD_FILES = {RECIPE_FILE, VERIFICATION_FILE, HEALING_FILE, HEALING_LOG_FILE, EVALUATION_FILE, QUANTIZATION_FILE}
 # What redepth wrote before there was a manifest, besides records, weights and modelling files.
 KNOWN_FILES = {
     CONFIG_FILE,

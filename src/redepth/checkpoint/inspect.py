@@ -9,6 +9,7 @@ from redepth.modeling import RecurrentDepthConfig
 from redepth.modeling.cache_rules import parse_cache_rule
 from redepth.modeling.configuration import LRU_LAYER
 from redepth.modeling.policy import split_num_steps
+from redepth.modeling.quantizer import DepthQuantizationConfig
 
 from .cost import count_parameters
 from .folder import HEALING_FILE, read_json, read_recipe
@@ -82,6 +83,7 @@ def inspect(
         origin = f"converted by redepth from {converted['source']}"
     else:
         origin = "made by redepth"
+    quantization = getattr(config, "quantization_config", None)
     count = count_parameters(config)
     layers = {
         "prelude": config.n_layers_in_prelude,
@@ -103,6 +105,7 @@ def inspect(
         "parameters": count.by_part(),
         "initial_state": config.initial_state_mode,
         "dtype": str(_dtype(config)).removeprefix("torch."),
+        "quantization": str(DepthQuantizationConfig(**quantization)) if quantization is not None else None,
         "mean_recurrence": config.mean_recurrence,
         "mean_backprop_depth": config.mean_backprop_depth,
         "healed_tokens": healing.get("tokens"),

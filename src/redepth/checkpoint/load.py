@@ -12,6 +12,7 @@ from redepth.errors import RedepthError, first_line, one_line
 from redepth.griffin import RecurrentGemmaForCausalLM
 from redepth.modeling import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from redepth.modeling.published import BUILT_IN_TEXT, Kind, check_better_than_chance, complete_config
+from redepth.modeling.quantizer import DepthQuantizationConfig
 from redepth.runtime import choose_device, parse_dtype
 
 from .checked import load_checked
@@ -30,7 +31,7 @@ def load(
     *,
     revision: str | None = None,
     device_map: Any = None,
-    quantization_config: Any = None,
+    quantization: Any = None,
     attn_implementation: str | None = None,
 ) -> RecurrentDepthForCausalLM | RecurrentGemmaForCausalLM:
     """A model recurrent in depth (`huginn_raven`) or in time (`recurrent_gemma`), in eval mode.
@@ -43,7 +44,9 @@ def load(
         device: where to put it; `auto` takes a GPU where there is one.
         revision: branch, tag or commit of a hub repository.
         device_map: as transformers takes it, to spread the model; `device` is left aside then.
-        quantization_config: as transformers takes it.
+        quantization: quantise the layers as they are loaded: `int8` (products in 8 bits), `int8-weight-only` or `int4`, in
+            the core; a `DepthQuantizationConfig`; or another of transformers' own configurations. A checkpoint that is
+            stored quantised needs none.
         attn_implementation: `sdpa`, `eager`, …; transformers' choice by default.
 
     Raises:
@@ -53,14 +56,16 @@ def load(
     if isinstance(dtype, str) and dtype != "auto":
         dtype = parse_dtype(dtype)
     chosen = choose_device(device)
+    if isinstance(quantization, str):
+        quantization = DepthQuantizationConfig.named(quantization)
     model_class = MODEL_CLASSES[_model_type(name, tuple(MODEL_CLASSES), revision)]
     options = {
         "revision": revision,
         "device_map": device_map,
-        "quantization_config": quantization_config,
+        "quantization_config": quantization,
         "attn_implementation": attn_implementation,
     }
-    if quantization_config is not None and device_map is None:
+    if quantization is not None and device_map is None and not isinstance(quantization, DepthQuantizationConfig):
         options["device_map"] = {"": chosen}  # quantised weights are made where they stay
     given = {key: value for key, value in options.items() if value is not None}
     model = load_checked(model_class, name, f"checkpoint {str(name)!r}", dtype, **given)
@@ -95,6 +100,21 @@ def read_config(name: str | Path, revision: str | None = None) -> tuple[Recurren
         raise RedepthError(f"checkpoint {str(name)!r}: {one_line(error)}") from None
 
 
+def is_recurrent(checkpoint: str | Path) -> bool:
+    """Whether a checkpoint has a loop in depth.
+
+    Raises:
+        RedepthError: where there is none that can be read.
+    """
+    try:
+        values, _ = RecurrentDepthConfig.get_config_dict(checkpoint)
+    except (OSError, ValueError) as error:
+        raise RedepthError(
+            f"checkpoint {str(checkpoint)!r} has no readable configuration: {first_line(error)}"
+        ) from None
+    return values.get("model_type") == RecurrentDepthConfig.model_type
+
+
 def local_checkpoint(name: str | Path) -> Path:
     """The folder of a checkpoint that is to be written into.
 
@@ -114,6 +134,21 @@ def local_checkpoint(name: str | Path) -> Path:
             f"{text} {text.partition('/')[2]}"
         )
     raise RedepthError(f"checkpoint {text!r} does not exist; make one with redepth convert")
+
+
+def check_unquantized(name: str | Path, config: Any, verb: str) -> None:
+    """Refuse a checkpoint whose weights are stored quantised.
+
+    Args:
+        verb: what can't be done with it, such as `be healed`.
+
+    Raises:
+        RedepthError: for such a checkpoint.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        raise RedepthError(
+            f"checkpoint {str(name)!r} is quantised and can't {verb}; start from the one that it was made from"
+        )
 
 
 def load_tokenizer(name: str | Path, revision: str | None = None) -> Any:

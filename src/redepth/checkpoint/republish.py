@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from redepth.modeling import RecurrentDepthForCausalLM
+from redepth.modeling.quantizer import DepthQuantizationConfig, quantized_tensors
 from redepth.runtime import parse_dtype
 
 from .card import write_card
@@ -14,6 +16,7 @@ from .folder import (
     DEFAULT_SHARD_SIZE,
     EVALUATION_FILE,
     FAMILY_FILE,
+    QUANTIZATION_FILE,
     RECORD_FILES,
     VERIFICATION_FILE,
     CheckpointFolder,
@@ -27,7 +30,7 @@ from .sources import Source, open_source
 # Kept as they are: what the checkpoint's owner wrote, and redepth's own records.
 KEPT_FILES = {CARD_FILE, FAMILY_FILE, "LICENSE", *RECORD_FILES}
 # Figures of the very weights, which hold for no others.
-MEASURED_FILES = {VERIFICATION_FILE, EVALUATION_FILE}
+MEASURED_FILES = {VERIFICATION_FILE, EVALUATION_FILE, QUANTIZATION_FILE}
 ROPE_TABLE = "freqs_cis"
 
 
@@ -60,7 +63,13 @@ def republish(
     if not isinstance(source, Source):
         source = open_source(source)
     config, _ = read_config(source.folder)
-    wanted = parse_dtype(dtype) if dtype is not None else source.dtype
+    saved_dtype, quantized = source.dtype, set[str]()
+    if getattr(config, "quantization_config", None) is not None:
+        with torch.device("meta"):
+            model = RecurrentDepthForCausalLM(config)
+        quantized = quantized_tensors(model, DepthQuantizationConfig(**config.quantization_config))
+        saved_dtype = config.dtype
+    wanted = parse_dtype(dtype) if dtype is not None else saved_dtype
     names = [name for name in source.tensor_names() if name != ROPE_TABLE]
     if tie is not None:
         config.tie_embeddings = tie
@@ -73,7 +82,8 @@ def republish(
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         stored = set(source.tensor_names())
         for name in names:
-            yield name, source.read(name if name in stored else EMBEDDING).to(wanted)
+            tensor = source.read(name if name in stored else EMBEDDING)
+            yield name, tensor if name in quantized else tensor.to(wanted)
 
     with CheckpointFolder(out).replacing(overwrite, [source.location]) as folder:
         write_shards(tensors(), folder, len(names), max_shard_size, on_tensor)
@@ -81,7 +91,7 @@ def republish(
         if source.tokenizer is not None:
             source.tokenizer.save_pretrained(folder)
         source.generation_config().save_pretrained(folder)
-        kept = KEPT_FILES if wanted == source.dtype else KEPT_FILES - MEASURED_FILES
+        kept = KEPT_FILES if wanted == saved_dtype else KEPT_FILES - MEASURED_FILES
         for name in kept:
             if (source.folder / name).is_file():
                 shutil.copy2(source.folder / name, folder / name)

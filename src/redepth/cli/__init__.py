@@ -10,7 +10,24 @@ from typing import Any
 
 import typer
 
-from redepth.cli import analyze, calibrate, chat, convert, eval, generate, heal, inspect, new, plan, retrofit, verify
+from redepth.cli import (
+    analyze,
+    calibrate,
+    chat,
+    convert,
+    eval,
+    generate,
+    heal,
+    inspect,
+    new,
+    plan,
+    play,
+    publish,
+    quantize,
+    retrofit,
+    serve,
+    verify,
+)
 from redepth.errors import RedepthError, is_mistake
 
 INTERRUPTED = 130
@@ -24,7 +41,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for module in (plan, convert, verify, inspect, heal, calibrate, eval, analyze, retrofit, generate, chat, new):
+for module in (
+    plan,
+    convert,
+    verify,
+    inspect,
+    heal,
+    calibrate,
+    quantize,
+    eval,
+    analyze,
+    retrofit,
+    publish,
+    generate,
+    chat,
+    play,
+    serve,
+    new,
+):
     app.command(module.__name__.rpartition(".")[2])(module.command)
 
 

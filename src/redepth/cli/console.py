@@ -56,6 +56,14 @@ def hush_libraries() -> None:
         disable_progress_bar()
 
 
+def number_or_word(text: str) -> float | str:
+    """A threshold as the policy takes it: a number, or a word such as `auto` or `99%`."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def print_json(content: Any) -> None:
     print(json.dumps(content, indent=2))
 

@@ -73,7 +73,7 @@ def command(
     core: Annotated[str | None, typer.Option(help="Source layers to loop; the middle fifth by default.")] = None,
     coda: Annotated[str | None, typer.Option(help="Source layers after the core.")] = None,
     adapter: Annotated[
-        str, typer.Option(help="How the adapter starts: inject, blend:α or random.")
+        str, typer.Option(help="How the adapter starts: inject, blend:α, gate:α or random.")
     ] = api.DEFAULT_ADAPTER,
     state: Annotated[str, typer.Option(help="Initial state: embed, noise, zeros or skip-adapter.")] = api.DEFAULT_STATE,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the source's by default.")] = None,

@@ -1,5 +1,6 @@
 """redepth eval"""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,6 @@ from .console import (
     AsJson,
     Checkpoint,
     Device,
-    Dtype,
     Quiet,
     hush_libraries,
     print_json,
@@ -30,50 +30,92 @@ def command(
     tasks: Annotated[
         list[str] | None,
         typer.Option(
-            help="task:NAME?option=value; repeat the flag for several; by default the task the model was trained on."
+            help="lm-eval's tasks by name, problems by difficulty as task:NAME?option=value, and texts as text:FILE, with "
+            "commas or by repeating the flag; by default the task that the model was trained on."
         ),
     ] = None,
-    num_steps: Annotated[str, typer.Option(help="Depths to measure at, separated by commas.")] = "1,2,4,8,16",
+    preset: Annotated[
+        str | None,
+        typer.Option(help="huginn or retrofit: the tasks and settings of the published models; --tasks narrows them."),
+    ] = None,
+    num_steps: Annotated[
+        str | None,
+        typer.Option(help="Depths to measure at, separated by commas; 1,2,4,8,16 or the preset's by default."),
+    ] = None,
     criterion: Annotated[
         str | None,
         typer.Option(help="Also run adaptive exit under this test: kl, argmax-stability, …, or package.module:name."),
     ] = None,
     exit_threshold: Annotated[str, typer.Option(help="Threshold of the exit test; auto for its default.")] = "auto",
-    limit: Annotated[int, typer.Option(help="Number of problems from each split.")] = 256,
-    seed: Annotated[int, typer.Option(help="Seed of the problems.", **SEEDS)] = 0,
-    out: Annotated[Path | None, typer.Option(help="Folder for tasks.json and a heat map of each task.")] = None,
-    dtype: Dtype = "auto",
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Documents of each task, all by default; of task:, problems of each split, 256 by default."),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples in each prompt; the task's own number by default.")
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder with NAME.jsonl for each of lm-eval's tasks, in place of the hub.")
+    ] = None,
+    questions: Annotated[int, typer.Option(help="Questions in each problem of task: in words.", min=1)] = 1,
+    batch_size: Annotated[int, typer.Option(help="Requests that are run at once.")] = 8,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another model to measure beside it, such as the source, or a static control as FOLDER:1; with commas or by "
+            "repeating the flag."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the problems of task:.", **SEEDS)] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder to write; a killed evaluation in it goes on. The checkpoint's name with -evaluation by default, but "
+            "nothing is written for task: alone."
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="auto (as saved), float32, bfloat16 or float16; auto or the preset's by default.")
+    ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure accuracy on tasks by difficulty and number of steps.
+    """Measure accuracy on tasks, and the loss on texts, at several depths of a checkpoint and beside other models.
+
+    Example: redepth eval ./healed --tasks arc_easy,sciq,task:iterate --num-steps 1,2,4,8 --compare smollm2-135m
+
+    Example: redepth eval ./healed --tasks arc_easy --data-dir ./rows --limit 100 --criterion kl
 
     Example: redepth eval ./out --tasks 'task:iterate?depth=1-8' --num-steps 1,2,4,8,16
     """
     hush_libraries()
-    depths = parse_depths(num_steps)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval draws bars of its own
     threshold: float | str = "auto" if exit_threshold == "auto" else _number(exit_threshold)
     with progress_bar(quiet or as_json) as update:
         found = api.evaluate(
             checkpoint,
-            tasks,
-            num_steps=depths,
+            _split(tasks),
+            preset=preset,
+            num_steps=parse_depths(num_steps) if num_steps is not None else None,
             criterion=criterion,
             exit_threshold=threshold,
             limit=limit,
+            num_fewshot=num_fewshot,
+            data_dir=data_dir,
+            questions=questions,
+            batch_size=batch_size,
+            compare=_split(compare),
             seed=seed,
             dtype=dtype,
             device=device,
             out=out,
             on_progress=update,
         )
-    if out is not None and not quiet:
-        remarks.print(f"written to {out}")
     if as_json:
-        print_json([one.as_dict() for one in found])
+        print_json(found.as_dict())
         return
-    for one in found:
+    for one in found.by_difficulty:
         results.print(accuracy_table(one))
         if one.exits is not None:
             ends = one.exits
@@ -82,6 +124,19 @@ def command(
                 f"{100 * ends.overall:.1f} % against {100 * ends.overall_fixed:.1f} % at r = {ends.num_steps}; Spearman of "
                 f"difficulty and steps {ends.spearman:.2f}"
             )
+    for table in found.tables():
+        shown = Table(*table.header, title=table.title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for row in table.rows:
+            shown.add_row(*row)
+        results.print(shown)
+    if found.out is not None and not quiet:
+        remarks.print(f"written to {found.out}", soft_wrap=True)
+
+
+def _split(texts: list[str] | None) -> list[str] | None:
+    """`a,b` and a repeated flag mean the same."""
+    parts = [part.strip() for text in texts or () for part in text.split(",")]
+    return [part for part in parts if part] or None
 
 
 def parse_depths(text: str) -> list[int]:

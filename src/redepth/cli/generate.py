@@ -10,17 +10,20 @@ import redepth
 from redepth import api
 from redepth.errors import RedepthError
 
-from .console import SEEDS, AsJson, Checkpoint, Device, Dtype, Quiet, hush_libraries, print_json, remarks, results
-
-# From few steps to many.
-COLOURS = ("bright_black", "blue", "cyan", "green", "yellow", "bright_red", "bold magenta")
-
-
-def _number_or_word(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
+from .colours import coloured, legend
+from .console import (
+    SEEDS,
+    AsJson,
+    Checkpoint,
+    Device,
+    Dtype,
+    Quiet,
+    hush_libraries,
+    number_or_word,
+    print_json,
+    remarks,
+    results,
+)
 
 
 def command(
@@ -85,7 +88,7 @@ def command(
 
     given = {
         "criterion": criterion,
-        "exit_threshold": _number_or_word(exit_threshold) if criterion or sampler else None,
+        "exit_threshold": number_or_word(exit_threshold) if criterion or sampler else None,
         "min_steps": min_steps,
         "continuous_compute": continuous_compute or None,
         "cache_rule": cache_rule,
@@ -158,7 +161,7 @@ def command(
         heads = [f"r {'≤' if criterion else '='} {depth}" for depth in depths]
         table = Table(*heads, title=prompt if not quiet else None, title_justify="left")
         if show_steps:
-            table.add_row(*(_coloured(tokenizer, continued[depth].tolist(), steps[depth]) for depth in depths))
+            table.add_row(*(coloured(tokenizer, continued[depth].tolist(), steps[depth]) for depth in depths))
         else:
             table.add_row(*(Text(texts[depth]) for depth in depths))
         if any(notes.values()) and not quiet:
@@ -166,7 +169,7 @@ def command(
             table.add_row(*notes.values())
         results.print(table)
         if show_steps and not quiet:
-            remarks.print(_legend(max(max(taken) for taken in steps.values())))
+            remarks.print(legend(max(max(taken) for taken in steps.values())))
     elif notes[depths[0]] and not quiet:
         remarks.print(notes[depths[0]], style="dim")
 
@@ -187,27 +190,3 @@ def _deeds(stats: dict[str, Any], steps: list[int], policy: dict[str, Any]) -> s
     if "criterion" in policy:
         return f"{sum(steps) / len(steps):.1f} steps a token on average"
     return ""
-
-
-def _colour(steps: int, most: int) -> str:
-    return COLOURS[(steps - 1) * (len(COLOURS) - 1) // max(most - 1, 1)]
-
-
-def _coloured(tokenizer: Any, ids: list[int], steps: list[int]) -> Text:
-    """The text, each token in the colour of its steps; a token that ends no character shows with the next."""
-    text, done = Text(), ""
-    for end, taken in enumerate(steps, 1):
-        whole = tokenizer.decode(ids[:end], skip_special_tokens=True)
-        if not whole.endswith("\ufffd"):
-            text.append(whole[len(done) :], style=_colour(taken, max(steps)))
-            done = whole
-    return text
-
-
-def _legend(most: int) -> Text:
-    legend, ends = Text("steps: "), {_colour(step, most): step for step in range(1, most + 1)}
-    first = 1
-    for colour, last in ends.items():
-        legend.append(f"{first}–{last} " if last > first else f"{last} ", style=colour)
-        first = last + 1
-    return legend

@@ -39,6 +39,8 @@ def command(
     block = ", ".join(f"{key} {value}" for key, value in report["block"].items() if value is not None)
     results.print(f"block: {block}")
     results.print(f"initial state {report['initial_state']}, {report['dtype']}, up to {report['max_tokens']:,} tokens")
+    if report["quantization"]:
+        results.print(f"quantised: {report['quantization']}")
     healed = f", healed on {report['healed_tokens']:,} tokens" if report["healed_tokens"] else ""
     results.print(f"trained for a mean of {report['mean_recurrence']} steps{healed}")
     profile = report["depth_profile"]

@@ -16,11 +16,14 @@ from .heal import listener, show_preflight, with_recipe_flags
 def command(
     recipe: Annotated[Path, typer.Argument(help="YAML file with sections convert, heal, calibrate and evaluate.")],
     out: Annotated[Path | None, typer.Argument(help="Folder to write; the recipe's name by default.")] = None,
+    report: Annotated[
+        bool, typer.Option("--report/--no-report", help="End in healing.png and report.html beside the model.")
+    ] = True,
     as_json: AsJson = False,
     quiet: Quiet = False,
     **changes: Any,
 ) -> None:
-    """Convert, verify, heal, calibrate and evaluate by one recipe.
+    """Convert, verify, heal, calibrate and evaluate by one recipe, and report.
 
     Finished parts are not repeated, and an interrupted healing run resumes. Flags override the section heal.
 
@@ -29,7 +32,9 @@ def command(
     hush_libraries()
     with progress_bar(quiet) as update:
         told = None if quiet or as_json else show_preflight
-        evaluation = api.retrofit(recipe, out, on_progress=listener(update, quiet), on_preflight=told, **changes)
+        evaluation = api.retrofit(
+            recipe, out, on_progress=listener(update, quiet), on_preflight=told, report=report, **changes
+        )
     if as_json:
         print_json(asdict(evaluation))
     elif not quiet:

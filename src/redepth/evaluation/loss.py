@@ -10,7 +10,6 @@ from redepth.modeling import RecurrentDepthForCausalLM
 DEPTHS = (1, 2, 4, 8, 16)
 
 
-@torch.no_grad()
 def loss_by_depth(
     model: RecurrentDepthForCausalLM,
     tokens: torch.Tensor,
@@ -19,7 +18,26 @@ def loss_by_depth(
     on_row: Callable[[int, int], None] | None = None,
     labels: torch.Tensor | None = None,
 ) -> dict[int, float]:
-    """Mean next-token cross-entropy, in nats, after each of `depths` steps.
+    """Mean next-token cross-entropy, in nats, after each of `depths` steps; arguments are those of `token_losses`.
+
+    Returns:
+        loss by depth, in the order given.
+    """
+    losses = token_losses(model, tokens, depths, batch_size, on_row, labels)
+    predicted = int(((tokens if labels is None else labels)[:, 1:] != -100).sum())
+    return {depth: loss.double().sum().item() / predicted for depth, loss in losses.items()}
+
+
+@torch.no_grad()
+def token_losses(
+    model: RecurrentDepthForCausalLM,
+    tokens: torch.Tensor,
+    depths: Sequence[int] = DEPTHS,
+    batch_size: int = 4,
+    on_row: Callable[[int, int], None] | None = None,
+    labels: torch.Tensor | None = None,
+) -> dict[int, torch.Tensor]:
+    """Next-token cross-entropy of every token, in nats, after each of `depths` steps.
 
     One pass serves every depth: the core is iterated to the deepest, and coda and head read the states along the
     way. Noise states are the seeded ones, so the same call gives the same figures.
@@ -30,23 +48,22 @@ def loss_by_depth(
         on_row: called with (rows done, rows in all).
 
     Returns:
-        loss by depth, in the order given.
+        by depth, in the order given, `[rows, tokens - 1]` in fp32 on the processor, 0 for what does not count.
     """
     was_training = model.training
     model.eval()
     labels = tokens if labels is None else labels
-    totals = dict.fromkeys(depths, 0.0)
+    found: dict[int, list[torch.Tensor]] = {depth: [] for depth in depths}
     for start in range(0, len(tokens), batch_size):
         ids = tokens[start : start + batch_size].to(model.device)
         targets = labels[start : start + batch_size, 1:].to(model.device)
         for step, state in enumerate(model.states_by_step(ids, max(depths))):
-            if step in totals:
+            if step in found:
                 logits = model.predict_from_latents(state).logits
                 assert logits is not None
                 for row, wanted in zip(logits, targets, strict=True):  # so that one row alone is widened to fp32
-                    totals[step] += F.cross_entropy(row[:-1].float(), wanted, reduction="sum").item()
+                    found[step].append(F.cross_entropy(row[:-1].float(), wanted, reduction="none").cpu())
         if on_row is not None:
             on_row(min(start + batch_size, len(tokens)), len(tokens))
     model.train(was_training)
-    predicted = int((labels[:, 1:] != -100).sum())
-    return {depth: total / predicted for depth, total in totals.items()}
+    return {depth: torch.stack(rows) for depth, rows in found.items()}

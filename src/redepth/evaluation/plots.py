@@ -11,7 +11,10 @@ from matplotlib.figure import Figure
 
 from redepth.checkpoint.folder import write_json
 
+from .scores import SHARES, Score, main_scores
+from .tables import with_unit
 from .tasks import TaskAccuracy
+from .texts import NO_LOOP
 
 
 def plot_loss_by_depth(losses: dict[str, dict[str, dict[int, float]]], file: str | Path, title: str) -> None:
@@ -37,6 +40,37 @@ def plot_loss_by_depth(losses: dict[str, dict[str, dict[int, float]]], file: str
     axes.set_title(title, loc="left", fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize="small")
+    figure.savefig(file)
+
+
+def plot_healing(
+    curve: Sequence[Mapping[str, Any]], losses: Mapping[str, Mapping[int, float]], file: str | Path, title: str
+) -> None:
+    """Draw a healing run as a PNG: the training loss by optimiser step, and the held-out loss by number of steps.
+
+    Args:
+        curve: the records of `healing-log.jsonl`; those with a `loss` are drawn, one run after another.
+        losses: by label (`before`, `after`, …), held-out loss in nats per token by number of steps.
+    """
+    figure = Figure(figsize=(9, 3.8), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    training, held_out = figure.subplots(1, 2)
+    drawn = [record["loss"] for record in curve if "loss" in record]
+    training.plot(range(1, len(drawn) + 1), drawn, color="C0", linewidth=0.8)
+    training.set_xlabel("optimiser step")
+    training.set_ylabel("training loss, nats per token")
+    for number, (label, by_depth) in enumerate(losses.items()):
+        held_out.plot(list(by_depth), list(by_depth.values()), marker="o", color=f"C{number}", label=label)
+    held_out.set_xscale("log", base=2)
+    depths = sorted({depth for by_depth in losses.values() for depth in by_depth})
+    held_out.set_xticks(depths, [str(depth) for depth in depths])
+    held_out.minorticks_off()
+    held_out.set_xlabel("num_steps (passes through the core)")
+    held_out.set_ylabel("held-out loss, nats per token")
+    held_out.legend(frameon=False, fontsize="small")
+    for axes in (training, held_out):
+        axes.grid(alpha=0.3)
+    figure.suptitle(title, x=0.01, ha="left", fontsize="medium")
     figure.savefig(file)
 
 
@@ -104,6 +138,85 @@ def plot_accuracy_by_depth(
     bar = figure.colorbar(image, ax=panels.tolist(), shrink=0.8, pad=0.02)
     bar.set_label("accuracy, per cent")
     bar.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "25", "50", "75", "100"])
+    figure.savefig(file)
+
+
+def plot_accuracy_against_flops(scores: Sequence[Score], file: str | Path) -> None:
+    """Draw each task's accuracy over the forward FLOPs of an answer, ± one standard error, as a PNG or SVG.
+
+    A model's fixed depths are joined by a line; an exit test and a model without a loop are points by themselves.
+    """
+    shown = main_scores(scores)
+    tasks = list(dict.fromkeys(score.task for score in shown))
+    models = list(dict.fromkeys(score.model for score in shown))
+    columns = min(len(tasks), 3)
+    lines = -(-len(tasks) // columns)
+    figure = Figure(figsize=(1.2 + 3.6 * columns, 1.1 + 3.1 * lines), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(lines, columns, squeeze=False)
+    for panel in panels.flat[len(tasks) :]:
+        panel.set_visible(False)
+    for panel, task in zip(panels.flat, tasks, strict=False):
+        own = [score for score in shown if score.task == task]
+        share = own[0].metric in SHARES
+        scale = 100 if share else 1
+        for number, model in enumerate(models):
+            of_model = [score for score in own if score.model == model]
+            joined = sorted(
+                (score for score in of_model if score.depth.startswith("r=")), key=lambda score: score.mean_steps
+            )
+            for group, marker, line in (
+                (joined, "o", "-"),
+                *(
+                    ([score], "*" if score.depth == NO_LOOP else "D", "none")
+                    for score in of_model
+                    if score not in joined
+                ),
+            ):
+                if not group:
+                    continue
+                alone = group is not joined and group[0].depth != NO_LOOP
+                panel.errorbar(
+                    [score.flops_per_answer for score in group],
+                    [scale * score.value for score in group],
+                    [scale * (score.standard_error or 0) for score in group],
+                    marker=marker,
+                    linestyle=line,
+                    color=f"C{number}",
+                    capsize=2,
+                    linewidth=1.2,
+                    markersize=9 if marker == "*" else 5,
+                    label=f"{Path(model).name}{f', {group[0].depth}' if alone else ''}",
+                )
+            for score in joined:
+                panel.annotate(
+                    score.depth.removeprefix("r="),
+                    (score.flops_per_answer, scale * score.value),
+                    textcoords="offset points",
+                    xytext=(4, 5),
+                    fontsize="x-small",
+                    color=f"C{number}",
+                )
+        panel.set_xscale("log")
+        flops = [score.flops_per_answer for score in own]
+        ticks = np.geomspace(min(flops), max(flops), 4) if min(flops) < max(flops) else flops[:1]
+        panel.set_xticks(ticks, [with_unit(tick) for tick in ticks])
+        panel.minorticks_off()
+        panel.set_title(f"{task} ({own[0].answers})", loc="left", fontsize="medium")
+        panel.set_ylabel(f"{own[0].metric}{', per cent' if share else ''}", fontsize="small")
+        panel.set_xlabel("forward FLOPs per answer", fontsize="small")
+        panel.grid(alpha=0.3)
+    handles: dict[str, Any] = {}
+    for panel in panels.flat[: len(tasks)]:
+        handles |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower left",
+        ncols=min(len(handles), 3),
+        fontsize="small",
+        frameon=False,
+    )
     figure.savefig(file)
 
 

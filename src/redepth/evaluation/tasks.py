@@ -15,6 +15,7 @@ from redepth.modeling import RecurrentDepthForCausalLM
 from redepth.modeling.exits import ExitTest, Measure, find_exit_test
 
 DEPTHS = (1, 2, 4, 8, 16)
+PROBLEMS = 256  # of each split
 MOST_LOGITS = 2**26  # entries in memory at once
 
 
@@ -220,22 +221,23 @@ def compact_batches(
 
 
 def text_batches(
-    task: Task, tokenizer: Any, vocabulary: int, limit: int, seed: int = 0, device: Any = "cpu"
+    task: Task, tokenizer: Any, vocabulary: int, limit: int, seed: int = 0, device: Any = "cpu", questions: int = 1
 ) -> list[AskedBatch]:
-    """As `compact_batches`, in words, with one question a problem."""
+    """As `compact_batches`, in words, with `questions` in each problem."""
     encode = TextEncoder(tokenizer, 0)
     found, first_problem = [], 0
     for split, least in _splits(task):
-        texts = [text for text in task.texts(split, limit, seed) if text.answers[0].difficulty >= least]
+        texts = task.texts(split, limit, seed, questions)
+        texts = [text for text in texts if max(answer.difficulty for answer in text.answers) >= least]
         # Texts of similar length go together, so that little is padded.
         texts.sort(key=lambda text: len(text.text))
         rows = max(1, MOST_LOGITS // (vocabulary * len(tokenizer(texts[-1].text)["input_ids"])))
         for start in range(0, len(texts), rows):
             encoded = encode(texts[start : start + rows])
-            row, token = (encoded.labels != IGNORED).nonzero(as_tuple=True)
-            count = len(encoded.ids)
-            difficulty = torch.zeros(count, dtype=torch.long)
-            difficulty[row] = encoded.difficulty[row, token]
+            row, token = ((encoded.labels != IGNORED) & (encoded.difficulty >= least)).nonzero(as_tuple=True)
+            named, answer = (row * questions + encoded.answer[row, token]).unique(return_inverse=True)
+            difficulty = torch.zeros(len(named), dtype=torch.long)
+            difficulty[answer] = encoded.difficulty[row, token]
             found.append(
                 AskedBatch(
                     ids=encoded.ids.to(device),
@@ -243,12 +245,12 @@ def text_batches(
                     row=row.to(device),
                     place=(token - 1).to(device),
                     label=encoded.labels[row, token].to(device),
-                    answer=row.to(device),
-                    problem=first_problem + torch.arange(count),
+                    answer=answer.to(device),
+                    problem=first_problem + named // questions,
                     difficulty=difficulty,
                 )
             )
-            first_problem += count
+            first_problem += len(encoded.ids)
     return found
 
 
@@ -270,17 +272,19 @@ def evaluate_task(
     num_steps: Sequence[int] = DEPTHS,
     criterion: str | ExitTest | Measure | None = None,
     exit_threshold: float | str = "auto",
-    limit: int = 256,
+    limit: int = PROBLEMS,
     seed: int = 0,
     dtype: str = "auto",
     device: str = "cpu",
     on_batch: Callable[[int, int], None] | None = None,
+    questions: int = 1,
 ) -> TaskAccuracy:
     """A checkpoint's accuracy on a task: in compact ids for a model made by `train_on_task`, else in words.
 
     Args:
         spec: the checkpoint's own task by default.
         limit: problems of each split.
+        questions: in each problem in words; all but the last hide their answers.
 
     Raises:
         RedepthError: for a checkpoint that records no task where none is given, or records one by an import path that is
@@ -316,5 +320,5 @@ def evaluate_task(
         batches = compact_batches(task, limit, seed, device=model.device)
     else:
         tokenizer = load_tokenizer(checkpoint)
-        batches = text_batches(task, tokenizer, model.config.vocab_size, limit, seed, model.device)
+        batches = text_batches(task, tokenizer, model.config.vocab_size, limit, seed, model.device, questions)
     return task_accuracy(model, task, batches, trained_most, num_steps, criterion, exit_threshold, on_batch)

@@ -30,6 +30,7 @@ Supervision = Literal["every-step", "last", "scratchpad"]
 LEARNED = 0.25  # nats: below this mean loss the curriculum adds one more step
 REMEMBERED = 0.8  # of the mean loss, at each update
 WEIGHT_DECAY = 0.01
+ADAM_BETA2 = 0.999
 WARM_UP, DECAY = 50, 0.5  # updates, and the share of the run in which the rates fall
 ALL_STEPS = 64  # at most so many steps carry a gradient under `last`
 
@@ -181,7 +182,9 @@ def _optimizer(model: RecurrentDepthForCausalLM, training: TaskTraining) -> Muon
     outer: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (inner if is_inner_matrix(name, parameter) else outer).append(parameter)
-    return MuonWithAdamW(inner, outer, [], training.learning_rate, training.muon_learning_rate, WEIGHT_DECAY)
+    return MuonWithAdamW(
+        inner, outer, [], training.learning_rate, training.muon_learning_rate, WEIGHT_DECAY, ADAM_BETA2
+    )
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from redepth.checkpoint.folder import (
     write_jsonl,
     write_recipe,
 )
-from redepth.checkpoint.load import read_config
+from redepth.checkpoint.load import check_unquantized, read_config
 from redepth.checkpoint.lock import WORK_FOLDER as LOCK_FOLDER
 from redepth.checkpoint.sources import open_source
 from redepth.errors import RedepthError
@@ -99,6 +99,7 @@ def heal(
         read_config(checkpoint)
         raise RedepthError(f"{str(checkpoint)!r} is on the hub; name a folder for the healed model with --to")
     folder = _local_folder(checkpoint)
+    check_unquantized(checkpoint, read_config(folder)[0], "be healed")
     target = CheckpointFolder(out if out is not None else folder)
     work = target.path / WORK_FOLDER
     is_first = os.environ.get("RANK", "0") == "0"

@@ -29,6 +29,8 @@ def set_trainable(model: RecurrentDepthForCausalLM, recipe: HealRecipe) -> nn.Mo
         model.requires_grad_(False)
         for part in recipe.train.split("+"):
             model.transformer[GROUP_MODULES.get(part, part)].requires_grad_(True)  # the adapter is no group
+            if part == "adapter" and model.transformer.state_gate is not None:
+                model.transformer.state_gate.requires_grad_(True)
     return model
 
 
@@ -46,7 +48,7 @@ def _with_lora(model: RecurrentDepthForCausalLM, recipe: HealRecipe) -> nn.Modul
         r=recipe.lora_rank,
         lora_alpha=recipe.lora_alpha,  # type: ignore[arg-type]
         target_modules=rf"transformer\.({groups})\.\d+\.(attn|recurrence|mlp)\.({'|'.join(LAYER_MATRICES)})",
-        modules_to_save=["adapter"],
+        modules_to_save=["adapter", *(["state_gate"] if model.transformer.state_gate is not None else [])],
     )
     torch.manual_seed(recipe.seed)  # of the random half of each update
     return get_peft_model(model, settings)
@@ -85,11 +87,13 @@ def check_optimizer(recipe: HealRecipe, arguments: TrainingArguments, model: Any
 
 
 def set_adapter_rate(optimizer: torch.optim.Optimizer, model: RecurrentDepthForCausalLM, recipe: HealRecipe) -> None:
-    """Move the adapter's parameters to a group with a rate of their own, before the first step.
+    """Move the adapter's parameters, and the state's gate, to a group with a rate of their own, before the first step.
 
     The adapter is the one matrix that no pretraining has met, so it can take larger steps (Shapiro 2026: ten times).
     """
-    adapter = {parameter for parameter in model.transformer["adapter"].parameters() if parameter.requires_grad}
+    stack = model.transformer
+    new = [stack["adapter"], *([stack.state_gate] if stack.state_gate is not None else [])]
+    adapter = {parameter for part in new for parameter in part.parameters() if parameter.requires_grad}
     for group in list(optimizer.param_groups):
         moved = [parameter for parameter in group["params"] if parameter in adapter]
         if moved:
@@ -119,13 +123,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
         learning_rate: float,
         muon_learning_rate: float,
         weight_decay: float,
+        adam_beta2: float,
     ) -> None:
         adamw_groups = [
             {"params": list(others), "weight_decay": weight_decay},
             {"params": list(others_without_decay), "weight_decay": 0.0},
         ]
         self._muon = torch.optim.Muon(list(matrices), lr=muon_learning_rate, weight_decay=weight_decay)
-        self._adamw = torch.optim.AdamW(adamw_groups, lr=learning_rate, fused=True)
+        self._adamw = torch.optim.AdamW(adamw_groups, lr=learning_rate, betas=(0.9, adam_beta2), fused=True)
         groups = [group | {"kind": "muon"} for group in self._muon.param_groups]
         groups += [group | {"kind": "adamw"} for group in self._adamw.param_groups]
         super().__init__(groups, {})
@@ -171,4 +176,12 @@ def muon_with_adamw(model: nn.Module, recipe: HealRecipe, decays: set[str]) -> M
             (others if name in decays else plain).append(parameter)
     if not matrices:
         raise RedepthError("optimizer 'muon' has no matrix to train; use adamw")
-    return MuonWithAdamW(matrices, others, plain, recipe.learning_rate, recipe.muon_learning_rate, recipe.weight_decay)
+    return MuonWithAdamW(
+        matrices,
+        others,
+        plain,
+        recipe.learning_rate,
+        recipe.muon_learning_rate,
+        recipe.weight_decay,
+        recipe.adam_beta2,
+    )

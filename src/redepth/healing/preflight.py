@@ -56,7 +56,7 @@ def depths_of_run(recipe: HealRecipe) -> list[tuple[int, int]]:
 
 def parameters_by_part(model: nn.Module) -> tuple[dict[str, int], dict[str, int]]:
     """(trainable, frozen) parameters of each part of the model; LoRA's own are the part `lora`."""
-    parts = {"wte": "embedding", "core_block": "core", "ln_f": "norm", "lm_head": "head"}
+    parts = {"wte": "embedding", "core_block": "core", "ln_f": "norm", "lm_head": "head", "state_gate": "adapter"}
     parts |= {part: part for part in ("prelude", "adapter", "coda")}
     sums: tuple[dict[str, int], dict[str, int]] = ({}, {})
     for name, parameter in model.named_parameters():

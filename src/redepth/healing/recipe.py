@@ -69,6 +69,9 @@ class HealRecipe(BaseModel):
     learning_rate: float = Field(5e-5, gt=0, description="AdamW's rate")
     muon_learning_rate: float = Field(1e-3, gt=0, description="Muon's rate")
     adapter_rate_factor: float = Field(1.0, gt=0, description="the adapter's rate, in AdamW's rates")
+    adam_beta2: float = Field(
+        0.999, ge=0, lt=1, description="how long AdamW remembers the size of gradients; short runs may want 0.95"
+    )
     weight_decay: float = Field(0.0, ge=0, description="of the optimiser")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
     warmup: float = Field(0.05, ge=0, le=1, description="share of the run over which the rate rises")

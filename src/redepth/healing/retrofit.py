@@ -157,6 +157,13 @@ def _convert(recipe: ConvertRecipe, folder: Path, tell: Callable[[Progress], Non
         tell(Progress("verify", 1.0))
 
 
+def held_out_texts(healing: HealRecipe, folder: Path, texts: int = 2, tokens: int = 96) -> list[str]:
+    """The beginnings of some of the healing's held-out rows, in words."""
+    rows, _ = _held_out(healing, folder)
+    tokenizer = load_tokenizer(folder)
+    return [tokenizer.decode(row[:tokens], skip_special_tokens=True) for row in rows[:texts]]
+
+
 def _held_out(healing: HealRecipe, folder: Path) -> tuple[torch.Tensor, str]:
     """The healing's held-out rows, `[eval_rows, tokens]`, and what they are of."""
     _, rows = training_and_held_out(load_tokenizer(folder), healing)

@@ -288,6 +288,7 @@ def training_arguments(recipe: HealRecipe, work: Path, bf16: bool) -> TrainingAr
             per_device_train_batch_size=at_once,
             gradient_accumulation_steps=rows // at_once,
             learning_rate=recipe.learning_rate,
+            adam_beta2=recipe.adam_beta2,
             weight_decay=recipe.weight_decay,
             max_grad_norm=recipe.max_grad_norm,
             bf16=bf16,

@@ -75,6 +75,8 @@ class Attention(nn.Module):
                 key = key + self.qk_bias[1].to(key.dtype)
             query, key = self._turned(query, context), self._turned(key, context)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        if context.attend is not None:
+            return self.proj(context.attend(self, query, key, value).flatten(2))
         if context.cache is not None:
             key, value = context.cache.update(key, value, self.layer_idx, step, context.subset)
         mask = context.masks[self.layer_type]

@@ -15,7 +15,7 @@ INTEGERS = "n_layers_in_prelude n_layers_in_recurrent_block n_layers_in_coda"
 ABOVE_ZERO = "norm_eps rope_base mean_recurrence"
 ABOVE_ZERO_OR_NULL = "query_scale attn_logit_softcapping final_logit_softcapping"
 NOT_NEGATIVE_OR_NULL = "state_std state_scale"
-SWITCHES = "tie_embeddings use_cache qkv_bias qk_bias proj_bias mlp_bias norm_before_coda"
+SWITCHES = "tie_embeddings use_cache qkv_bias qk_bias proj_bias mlp_bias norm_before_coda state_gate"
 TABLES_OR_NULL = "rope_parameters depth_profile init_values"
 CHOICES: dict[str, tuple[Any, ...]] = {
     "norm_placement": ("pre", "post", "sandwich", "huginn"),

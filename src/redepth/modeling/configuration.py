@@ -59,6 +59,8 @@ class RecurrentDepthConfig(PreTrainedConfig):
         initial_state_mode (`str`): s_0 is `noise`, `zeros`, or `embed` (the prelude's output e); `skip-adapter` is
         `embed`, and
             the first step runs the core on e itself, without the adapter.
+        state_gate (`bool`): from the second step on a step moves each channel of the state by its own learnt share of the
+            way, see `state.StateGate`. Published checkpoints have no such gate.
         state_std, state_scale (`float`, *optional*): noise is a normal cut at ±3 std with this std, times the scale;
             `init_values["std"]` and `init_values["embed_scale"]` by default.
         state_seed (`int`): seed of the noise outside training; position t's noise depends on (seed, t) alone.
@@ -125,6 +127,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
 
     norm_before_coda: bool = True
     initial_state_mode: str = "noise"
+    state_gate: bool = False
     state_std: float | None = None
     state_scale: float | None = None
     state_seed: int = 0

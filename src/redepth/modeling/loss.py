@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 LOGITS_AT_ONCE = 2**25  # 128 MiB in fp32
 
@@ -66,6 +67,7 @@ def chunked_cross_entropy(
     token_loss: TokenLoss = cross_entropy_of_tokens,
     parameters: Iterable[torch.Tensor] = (),
     shift_labels: torch.Tensor | None = None,
+    sharded: bool = False,
 ) -> torch.Tensor:
     """Next-token loss, with logits computed a few tokens at a time.
 
@@ -80,6 +82,8 @@ def chunked_cross_entropy(
         token_loss: the loss of some tokens, where it is not the plain cross-entropy.
         parameters: what `logits_of` reads besides its argument; those without requires_grad are skipped.
         shift_labels: `[B, T]`, each token's target itself, in place of `labels`.
+        sharded: FSDP holds what `logits_of` reads. It takes any backward pass for the whole model's and gives the weights
+            back after it, so that none may run here: the logits are computed again when the model's own comes.
 
     Returns:
         the loss in nats, a scalar in fp32.
@@ -98,10 +102,11 @@ def chunked_cross_entropy(
         return token_loss(logits_of(chunk).float(), targets[first : first + size], places[first : first + size])
 
     learned = [parameter for parameter in parameters if parameter.requires_grad]
-    if torch.is_grad_enabled() and (states.requires_grad or learned):
+    if torch.is_grad_enabled() and (states.requires_grad or learned) and not sharded:
         total = _SummedInChunks.apply(summed, size, states, *learned)
     else:
         total = hidden.new_zeros((), dtype=torch.float32)
         for first in range(0, len(states), size):
-            total = total + summed(states[first : first + size], first)
+            chunk = states[first : first + size]
+            total = total + (checkpoint(summed, chunk, first, use_reentrant=False) if sharded else summed(chunk, first))
     return total / (num_items if num_items is not None else len(targets))

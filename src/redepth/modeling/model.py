@@ -4,6 +4,7 @@ Shapes: B batch, T new tokens, S stored and new tokens, D width, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +20,10 @@ from .exits import ExitTest, Measure
 from .generation import RecurrentDepthGeneration
 from .loss import TokenLoss, chunked_cross_entropy, cross_entropy_of_tokens
 from .passes import PassContext
-from .policy import DepthPolicy
+from .policy import DepthPolicy, split_num_steps
 from .pretrained import RecurrentDepthPreTrainedModel
 from .stack import RecurrentStack
+from .unrolled import UnrolledConfig, UnrolledForCausalLM
 
 logger = logging.get_logger(__name__)
 
@@ -191,6 +193,27 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, RecurrentDepthGen
             state, _, _ = self.iterate_one_step(embedded, state, position_ids, attention_mask, current_step=step)
             yield state
 
+    def unrolled(self, num_steps: int | None = None) -> UnrolledForCausalLM:
+        """This model at one depth, as an ordinary one of prelude + r · core + coda layers that shares its weights.
+
+        For whoever keeps keys and values layer by layer, such as transformers' continuous batching: `generate_batch`.
+
+        Args:
+            num_steps: r; the config's `default_num_steps` by default.
+
+        Raises:
+            ValueError: for num_steps < 1, and a model with layers that are recurrent in time.
+        """
+        if self.config.has_lru:
+            raise UserError("layers that are recurrent in time keep states, and can't be unrolled; use model.generate")
+        chosen = num_steps if num_steps is not None else self.config.default_num_steps
+        _, steps = split_num_steps(chosen, self.config.max_num_steps)
+        config = UnrolledConfig(recurrent=self.config.to_dict(), num_steps=steps)
+        config._attn_implementation = self.config._attn_implementation
+        unrolled = UnrolledForCausalLM(config, self.transformer, self.lm_head)
+        unrolled.generation_config = copy(self.generation_config)
+        return unrolled.train(self.training)
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -284,6 +307,7 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, RecurrentDepthGen
                     token_loss,
                     parameters=self.lm_head.parameters(),
                     shift_labels=shift_labels if step_labels is None else None,
+                    sharded=hasattr(self.lm_head, "unshard"),
                 )
                 for hidden_of_step, labels_of_step in zip(left, asked, strict=True)
             ]

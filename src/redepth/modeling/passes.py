@@ -3,6 +3,7 @@
 Shapes: B batch, T new tokens, S stored and new tokens, D width, K head_dim.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
@@ -38,6 +39,8 @@ class PassContext:
         watchers: see `RecurrentStack.watchers`.
         continued: whether the first step starts from a state that was carried over, in place of s_0; or `[B, T]`, which
             tokens' does.
+        attend: takes the place of cache and attention: (the `Attention` module, q `[B, H, T, K]`, k and v `[B, G, T, K]` of
+            the new tokens) → `[B, T, H, K]`. For callers that keep keys and values themselves.
     """
 
     masks: dict[str, Any]
@@ -50,6 +53,7 @@ class PassContext:
     reading: ReadingOrder | None = None
     continued: bool | torch.Tensor = False
     watchers: tuple[Any, ...] = ()
+    attend: Callable[..., torch.Tensor] | None = None
     _places: torch.Tensor | None = field(default=None, init=False, repr=False, compare=False)
     # Copies on other devices, so that a model spread over several moves each context there once.
     _elsewhere: dict[torch.device, "PassContext"] = field(default_factory=dict, init=False, repr=False, compare=False)

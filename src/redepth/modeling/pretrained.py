@@ -13,6 +13,8 @@ from .configuration import RecurrentDepthConfig
 from .elementwise import RMSNorm
 from .lru_mixer import GATE_VARIANCE, RGLRU
 from .published import Kind, complete_config
+from .quantizer import DepthQuantizationConfig
+from .state import StateGate, gate_start
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
@@ -43,9 +45,13 @@ class RecurrentDepthPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """As in transformers; where a published config does not say which kind it is, the tensor names complete it.
 
+        `quantization_config` may also be one of redepth's by its name, such as `int8`.
+
         Raises:
             ValueError: for a checkpoint that fits no published kind, naming the tensors.
         """
+        if isinstance(kwargs.get("quantization_config"), str):
+            kwargs["quantization_config"] = DepthQuantizationConfig.named(kwargs["quantization_config"])
         where = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
         if not isinstance(config, PreTrainedConfig):
             config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **where)
@@ -83,6 +89,8 @@ class RecurrentDepthPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, Attention) and self.config.qk_bias:
             init.zeros_(module.qk_bias)
+        elif isinstance(module, StateGate):
+            init.copy_(module.weight, gate_start(len(module.weight)))
         elif isinstance(module, RGLRU):
             module.fresh_start(GATE_VARIANCE)
         elif isinstance(module, nn.Conv1d):

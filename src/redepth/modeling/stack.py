@@ -27,7 +27,7 @@ from .errors import UserError
 from .passes import PassContext, check_cache, pass_context
 from .policy import DepthPolicy
 from .pretrained import RecurrentDepthPreTrainedModel
-from .state import initial_state
+from .state import StateGate, initial_state
 from .tokens import TokenSubset
 
 # States [B, T, D] and their context to logits [B, T, V].
@@ -59,7 +59,7 @@ class StackOutput(ModelOutput):
 class RecurrentStack(RecurrentDepthPreTrainedModel):
     """Everything but the head; `model.transformer`, and transformers' base model.
 
-    Its parts are modules by their published names: `wte`, `prelude`, `adapter`, `core_block`, `coda`, `ln_f`.
+    Its parts, by their published names: `wte`, `prelude`, `adapter`, `core_block`, `coda`, `ln_f`, perhaps `state_gate`.
     """
 
     def __init__(self, config: RecurrentDepthConfig) -> None:
@@ -71,12 +71,12 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
         self.prelude = nn.ModuleList(Block(config, layer) for layer in range(first_core))
         self.adapter = nn.Linear(2 * config.n_embd, config.n_embd, bias=False)
         self.core_block = nn.ModuleList(Block(config, layer) for layer in range(first_core, first_coda))
+        self.state_gate = StateGate(config.n_embd) if config.state_gate else None
         self.coda = nn.ModuleList(Block(config, layer) for layer in range(first_coda, config.n_layers))
         self.ln_f = norm(config, config.n_embd)
         # Training: keep only the states between steps, and run each step again in the backward pass.
         self.checkpoint_steps = False
-        # Set by `compile_core`.
-        self.core_is_compiled = False
+        self.core_is_compiled = False  # see `compile_core`
         # Each is told of every `forward` before it runs (`start_pass`), and called with (part, layer, step, value, context)
         # as the parts are computed; what it returns takes the value's place. A layer is counted over the whole stack; the
         # step is 0 for the initial state and outside the core.
@@ -99,8 +99,8 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
     def compile_core(self) -> bool:
         """Let torch.compile make few kernels of the core's pass over one new token a row; whether it can be done.
 
-        The first such pass then takes some seconds, as does the first of several rows; longer texts and other depths
-        compile nothing again. Without a C++ compiler one line says so, and everything runs as before.
+        The first such pass takes some seconds, as does the first of several rows; longer texts and other depths compile
+        nothing again. Without a C++ compiler one line says so, and everything runs as before.
         """
         self.core_is_compiled = compiler_works(self.device)
         return self.core_is_compiled
@@ -176,17 +176,18 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
         context = context.to(state.device).without_skipped(step, *state.shape[:2])
         embedded = embedded.to(state.device)
         skips = self.config.initial_state_mode == "skip-adapter" and step == 1
-        if self.core_is_compiled and record is None and not skips:
-            after = step_compiled(self, embedded, state, context, step)
-            if after is not None:
-                return after
-        if skips and context.continued is False:
+        compiled = self.core_is_compiled and record is None and not skips
+        reached = step_compiled(self, embedded, state, context, step) if compiled else None
+        if reached is None:
             injected = embedded
-        else:
-            injected = self.adapter(torch.cat([state, embedded], dim=-1))
+            if not skips or context.continued is not False:
+                injected = self.adapter(torch.cat([state, embedded], dim=-1))
             if skips and isinstance(context.continued, torch.Tensor):
                 injected = torch.where(context.continued[..., None], injected, embedded.to(injected.device))
-        return context.watched("state", None, step, self.run_layers(self.core_block, injected, context, step, record))
+            reached = self.run_layers(self.core_block, injected, context, step, record)
+        if self.state_gate is not None:
+            reached = self.state_gate(state, reached, step == 1, context.continued)
+        return context.watched("state", None, step, reached)
 
     def run_fixed(
         self,

@@ -1,6 +1,7 @@
 """The initial state s_0 that the core iterates from."""
 
 import torch
+from torch import nn
 
 from .configuration import RecurrentDepthConfig
 
@@ -46,6 +47,42 @@ def position_noise(seed: int, position_ids: torch.Tensor, width: int) -> torch.T
 def fresh_noise(like: torch.Tensor) -> torch.Tensor:
     """Normal noise cut at ±3 from torch's own generator, in fp32, for training."""
     return torch.nn.init.trunc_normal_(torch.empty_like(like, dtype=torch.float32), a=-3.0, b=3.0)
+
+
+class StateGate(nn.Module):
+    """s_i = α ⊙ f(s_{i−1}) + (1 − α) ⊙ s_{i−1}, for a step f, with α = sigmoid(weight) for each channel.
+
+    A highway's gate (Srivastava et al. 2015) that depends on the channel alone. Channels start with α spread evenly over
+    (0, 1), so that some follow a step at once and others remember many.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(
+        self, before: torch.Tensor, after: torch.Tensor, is_first: bool = False, continued: bool | torch.Tensor = True
+    ) -> torch.Tensor:
+        """s_i, from s_{i−1} and f(s_{i−1}), all `[B, T, D]`.
+
+        A first step from s_0 goes without the gate, so that r = 1 is as without it.
+
+        Args:
+            continued: whether a first step began from a state carried over, and not from s_0; `[B, T]` where that differs.
+        """
+        if is_first and continued is False:
+            return after
+        before = before.to(after.device)
+        gated = before + self.weight.float().sigmoid().to(after.dtype) * (after - before)
+        if is_first and isinstance(continued, torch.Tensor):
+            return torch.where(continued[..., None].to(after.device), gated, after)
+        return gated
+
+
+def gate_start(width: int) -> torch.Tensor:
+    """The gate's weights `[D]` with which α is spread evenly over (0, 1), neighbouring channels far apart."""
+    golden = 0.6180339887498949
+    return ((torch.arange(width, dtype=torch.float64) + 0.5) * golden % 1).logit(eps=1e-3).float()
 
 
 def initial_state(

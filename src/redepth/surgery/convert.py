@@ -21,8 +21,9 @@ from .families import Derived, Family, family_of
 from .plan import DEFAULT_ADAPTER, DEFAULT_STATE, STATES, Plan, make_plan
 from .weights import (
     Entry,
-    adapter_weight,
     check_names,
+    has_gate,
+    new_tensors,
     parse_adapter,
     to_recurrent,
     weight_table,
@@ -104,7 +105,7 @@ class Conversion:
     """One surgery, decided but not yet carried out.
 
     Attributes:
-        adapter: `inject`, `blend:α` or `random`.
+        adapter: `inject`, `blend:α`, `gate:α` or `random`.
         dtype: of the recurrent tensors.
         seed: of a random adapter.
     """
@@ -125,6 +126,7 @@ class Conversion:
             self.family,
             plan,
             initial_state_mode=self.config.initial_state_mode,
+            state_gate=has_gate(self.adapter),
             tie_embeddings=self.config.tie_embeddings,
         )
         table = weight_table(self.family, plan, config)
@@ -136,7 +138,7 @@ class Conversion:
         kind, _ = parse_adapter(self.adapter)
         if self.config.initial_state_mode == "skip-adapter":
             return True
-        return kind == "inject" or (kind == "blend" and self.config.initial_state_mode == "embed")
+        return kind == "inject" or (kind in ("blend", "gate") and self.config.initial_state_mode == "embed")
 
     @property
     def equal_at_every_depth(self) -> bool:
@@ -167,12 +169,12 @@ class Conversion:
             return self.source.read(self.family.outer[EMBEDDING] if untied else name)
 
         generator = torch.Generator().manual_seed(self.seed)
-        adapter = adapter_weight(self.adapter, self.config.n_embd, self.dtype, generator)
+        made = new_tensors(self.adapter, self.config.n_embd, self.dtype, generator)
         with torch.device("meta"):
             shapes = {
                 name: tensor.shape for name, tensor in RecurrentDepthForCausalLM(self.config).state_dict().items()
             }
-        for name, tensor in to_recurrent(self.table, read, adapter, self.dtype):
+        for name, tensor in to_recurrent(self.table, read, made, self.dtype):
             if tensor.shape != shapes[name]:
                 raise RedepthError(
                     f"source {self.source.name!r}: {name} would have the shape {list(tensor.shape)}, but the source's config "
@@ -232,7 +234,9 @@ class Conversion:
             OSError: if the disk is full or not writable.
         """
         with CheckpointFolder(out).replacing(overwrite, [self.source.location]) as folder:
-            write_shards(self.tensors(), folder, len(self.table) + 1, max_shard_size, on_tensor)
+            write_shards(
+                self.tensors(), folder, len(self.table) + 1 + has_gate(self.adapter), max_shard_size, on_tensor
+            )
             save_definition(self.config, folder, self.dtype)
             tokenizer = self.source.tokenizer
             if tokenizer is not None:
@@ -265,11 +269,10 @@ def plan_conversion(
         source = open_source(source, revision, trust_remote_code)
     chosen = family_of(source.config.model_type, family)
     plan = make_plan(source.config.num_hidden_layers, prelude, core, coda)
-    parse_adapter(adapter)
     if state not in STATES:
         raise RedepthError(f"--state {state!r} is unknown; use {', '.join(STATES)}")
     wanted = parse_dtype(dtype) if dtype is not None else None
-    changes: dict[str, Any] = {"initial_state_mode": state}
+    changes: dict[str, Any] = {"initial_state_mode": state, "state_gate": has_gate(adapter)}
     if tie is not None:
         changes["tie_embeddings"] = tie
     config = recurrent_config(source, chosen, plan, **changes)

@@ -293,8 +293,11 @@ def check_search(
             f"{num_layers - 2 - core_layers} to drop"
         )
     for adapter in adapters:
-        if parse_adapter(adapter)[0] == "random":
+        kind, _ = parse_adapter(adapter)
+        if kind == "random":
             raise RedepthError("--adapter random has nothing to measure before training; use inject or blend:α")
+        if kind == "gate":
+            raise RedepthError(f"--adapter {adapter} is not tried by redepth plan; use inject or blend:α")
     if sequence_length > conversion.config.block_size:
         raise RedepthError(
             f"--sequence-length {sequence_length} is more than the {conversion.config.block_size} tokens the source allows"

@@ -18,7 +18,7 @@ from redepth.checkpoint.folder import (
     read_recipe,
     write_json,
 )
-from redepth.checkpoint.load import load
+from redepth.checkpoint.load import check_unquantized, load, read_config
 from redepth.checkpoint.sources import Source, open_source, recorded_source
 from redepth.data.python_docs import python_docs
 from redepth.errors import RedepthError
@@ -163,6 +163,7 @@ def verify(
     if recipe is None:
         raise RedepthError(f"{folder} was not made by redepth convert, so there is no source to compare it with")
     chosen = choose_device(device)
+    check_unquantized(out, read_config(folder)[0], "equal its source")
     CheckpointFolder(folder).check_writable()
     source: Source | None
     if isinstance(against, Source):

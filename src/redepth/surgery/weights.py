@@ -9,11 +9,13 @@ from redepth.checkpoint.shards import HEAD
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthConfig
 from redepth.modeling.configuration import GROUP_MODULES
+from redepth.modeling.state import gate_start
 
 from .families import Family
 from .plan import Plan
 
 ADAPTER = "transformer.adapter.weight"
+STATE_GATE = "transformer.state_gate.weight"
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def _rows(target: str, config: RecurrentDepthConfig) -> tuple[int, ...] | None:
 
 
 def weight_table(family: Family, plan: Plan, config: RecurrentDepthConfig) -> list[Entry]:
-    """Every recurrent tensor but the adapter, in the order in which a checkpoint holds them."""
+    """Every recurrent tensor but the adapter and the state's gate, in the order in which a checkpoint holds them."""
     table, position_in_model = [], 0
     for target, source in family.outer.items():
         if not (target == HEAD and config.tie_embeddings):
@@ -97,14 +99,13 @@ def adapter_weight(
     """The adapter's start, `[D, 2 D]` on `[state; e]`, in fp32.
 
     `inject` is `[0 | I]`; `blend:α` is `[α I | (1 − α) I]`, with the nearest α for which α and 1 − α are exact in
-    `dtype`, so that
-    they add up to one there; `random` is a normal cut at ±3 std with std √(2/(5 D)).
+    `dtype`, so that they add up to one there; `gate:α` is the same, beside a gate on the state; `random` is a normal cut at ±3 std with std √(2/(5 D)).
     """
     kind, alpha = parse_adapter(adapter)
     identity = torch.eye(width)
     if kind == "inject":
         return torch.cat([torch.zeros(width, width), identity], dim=1)
-    if kind == "blend":
+    if kind in ("blend", "gate"):
         spacing = torch.finfo(dtype).eps / 2  # of the dtype's numbers from 1/2 to 1
         most = round(1 / spacing) - (alpha < 1)
         alpha = min(max(round(alpha / spacing), 1), most) * spacing
@@ -127,21 +128,35 @@ def parse_adapter(adapter: str) -> tuple[str, float]:
         alpha = float(text)
     except ValueError:
         alpha = -1.0
-    if kind != "blend" or not 0 < alpha <= 1:
-        raise RedepthError(f"--adapter {adapter!r} is unknown; use inject, random, or blend:α with α in (0, 1]")
+    if kind not in ("blend", "gate") or not 0 < alpha <= 1:
+        raise RedepthError(f"--adapter {adapter!r} is unknown; use inject, random, blend:α or gate:α, with α in (0, 1]")
     return kind, alpha
 
 
+def has_gate(adapter: str) -> bool:
+    """Whether an `--adapter` value also puts a gate on the state."""
+    return parse_adapter(adapter)[0] == "gate"
+
+
+def new_tensors(
+    adapter: str, width: int, dtype: torch.dtype, generator: torch.Generator | None = None
+) -> dict[str, torch.Tensor]:
+    """The tensors that no source has, by name, in fp32: the adapter's, and the gate's where there is one."""
+    made = {ADAPTER: adapter_weight(adapter, width, dtype, generator)}
+    return made | ({STATE_GATE: gate_start(width)} if has_gate(adapter) else {})
+
+
 def to_recurrent(
-    table: list[Entry], read: Callable[[str], torch.Tensor], adapter: torch.Tensor, dtype: torch.dtype
+    table: list[Entry], read: Callable[[str], torch.Tensor], made: dict[str, torch.Tensor], dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The recurrent tensors, one at a time, each read when it is asked for."""
-    yield ADAPTER, adapter.to(dtype)
+    """The recurrent tensors, those of `new_tensors` first, one at a time, each read when it is asked for."""
+    for name, tensor in made.items():
+        yield name, tensor.to(dtype)
     for entry in table:
         yield entry.target, entry.fuse(read).to(dtype).contiguous()
 
 
 def to_source(table: list[Entry], read: Callable[[str], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same table backwards: the source's tensors from a recurrent checkpoint, without the adapter."""
+    """The same table backwards: the source's tensors from a recurrent checkpoint, without those that are new."""
     for entry in table:
         yield from entry.split(read(entry.target)).items()

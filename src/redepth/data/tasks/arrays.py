@@ -289,4 +289,4 @@ def pick_by_difficulty(
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))
+    return torch.from_numpy(np.array(array, dtype=np.int64))

@@ -1,0 +1,129 @@
+"""Verbs that answer others: a server, and a page."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+LOOPBACK = "127.0.0.1"
+MAX_ROWS = 16
+MAX_TOKENS = 16384
+DRAIN_SECONDS = 30.0
+
+
+def serve(
+    checkpoint: str | Path,
+    *,
+    host: str = LOOPBACK,
+    port: int = 8000,
+    name: str | None = None,
+    api_key: str | None = None,
+    max_rows: int = MAX_ROWS,
+    max_tokens: int = MAX_TOKENS,
+    limits: dict[str, Any] | None = None,
+    drain_seconds: float = DRAIN_SECONDS,
+    dtype: str = "auto",
+    device: "str | torch.device" = "auto",
+    on_start: Callable[[str, str], Any] | None = None,
+) -> None:
+    """Serve a checkpoint by OpenAI's protocol until SIGTERM or Ctrl-C.
+
+    Args:
+        checkpoint: folder or hub id, with a tokenizer.
+        host, port: where to listen; port 0 takes a free one.
+        name: of the model in requests; the folder's by default.
+        api_key: what requests must carry; None lets everyone in.
+        max_rows, max_tokens: requests that run at a time, and the room for their keys and values; see `Engine`.
+        limits: what is accepted, by the names of `Limits`.
+        drain_seconds: how long answers under way may take when the server is told to end.
+        on_start: called with (model's name, address) when the server takes requests.
+
+    Raises:
+        RedepthError: for a checkpoint, address or number that does not fit, and where the extra `serve` is not installed.
+    """
+    from redepth.runtime import choose_device, require
+
+    for package in ("fastapi", "uvicorn", "prometheus_client"):
+        require(package, "serve")
+    from redepth.serving.limits import Limits
+    from redepth.serving.served import Served
+    from redepth.serving.server import serve as run
+    from redepth.serving.sockets import address, listen
+
+    allowed = Limits(**limits or {})
+    taken = listen(host, port)
+    try:
+        served = Served.load(
+            checkpoint,
+            allowed,
+            name=name,
+            max_rows=max_rows,
+            max_tokens=max_tokens,
+            dtype=dtype,
+            device=choose_device(device),
+        )
+        start = on_start or (lambda called, where: None)
+        run(
+            served,
+            taken,
+            api_key=api_key,
+            drain_seconds=drain_seconds,
+            on_start=lambda: start(served.name, address(taken)),
+        )
+    finally:
+        taken.close()
+
+
+def play(
+    checkpoint: str | Path,
+    other: str | Path | None = None,
+    *,
+    host: str = LOOPBACK,
+    port: int = 7860,
+    max_rows: int = MAX_ROWS,
+    max_tokens: int = MAX_TOKENS,
+    limits: dict[str, Any] | None = None,
+    dtype: str = "auto",
+    device: "str | torch.device" = "auto",
+    on_start: Callable[[str], Any] | None = None,
+) -> None:
+    """A page on which to try a checkpoint at any depth, or two side by side, until Ctrl-C.
+
+    Args:
+        checkpoint, other: folders or hub ids, with tokenizers.
+        host, port: where to listen; port 0 takes a free one.
+        max_rows, max_tokens: of each model's engine; see `Engine`.
+        limits: what is accepted, by the names of `Limits`.
+        on_start: called with the address when the page can be opened.
+
+    Raises:
+        RedepthError: for a checkpoint, address or number that does not fit, and where the extra `play` is not installed.
+    """
+    from redepth.runtime import choose_device, require
+
+    require("gradio", "play")
+    from redepth.play.page import free_port, launch
+    from redepth.serving.limits import Limits
+    from redepth.serving.served import Served
+
+    allowed = Limits(**limits or {})
+    chosen = free_port(host, port)
+    models: list[Served] = []
+    for number, each in enumerate([checkpoint] if other is None else [checkpoint, other]):
+        name = Path(str(each).rstrip("/")).name
+        # Two of one name are told apart by their places.
+        called = name if name not in [served.name for served in models] else f"{name} ({number + 1})"
+        models.append(
+            Served.load(
+                each,
+                allowed,
+                name=called,
+                max_rows=max_rows,
+                max_tokens=max_tokens,
+                dtype=dtype,
+                device=choose_device(device),
+            )
+        )
+    launch(models, host, chosen, on_start=on_start)

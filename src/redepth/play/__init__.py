@@ -1,0 +1,1 @@
+"""A page to feel depth: text shaded by the steps that each token took."""

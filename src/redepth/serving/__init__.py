@@ -1,0 +1,1 @@
+"""Many requests at a time, each at its own depth."""
