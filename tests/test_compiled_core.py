@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from redepth import RecurrentDepthForCausalLM
-from redepth.modeling import compiled, stack
+from redepth.modeling import compiled
 from redepth.surgery.convert import plan_conversion
 from tests.tolerance import tolerance
 from tests.zoo import random_ids
@@ -35,7 +35,7 @@ def counted(monkeypatch, run: Callable[..., torch.Tensor]) -> list[int]:
         calls.append(1)
         return run(*arguments)
 
-    monkeypatch.setattr(stack, "compiled_core_pass", counting)
+    monkeypatch.setattr(compiled, "compiled_core_pass", counting)
     return calls
 
 
@@ -71,7 +71,7 @@ def test_one_graph_for_every_depth_and_length(zoo, monkeypatch) -> None:
     wanted = [logits(model, ids, num_steps=steps) for steps in (2, 4)]
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(
-        stack, "compiled_core_pass", torch.compile(compiled.core_pass, dynamic=True, fullgraph=True, backend=counter)
+        compiled, "compiled_core_pass", torch.compile(compiled.core_pass, dynamic=True, fullgraph=True, backend=counter)
     )
     model.transformer.core_is_compiled = True
     made = []

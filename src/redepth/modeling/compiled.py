@@ -67,15 +67,25 @@ def core_pass(
 compiled_core_pass = torch.compile(core_pass, dynamic=True)
 
 
-def can_be_compiled(context: PassContext, state: torch.Tensor) -> bool:
-    """Whether a pass is of the kind that is compiled: one new token a row, on top of a cache, that nobody watches."""
-    return (
-        context.cache is not None
-        and state.shape[1] == 1
-        and context.subset is None
-        and context.reading is None
-        and not context.watchers
-        and not torch.is_grad_enabled()
+def step_compiled(
+    stack: Any, embedded: torch.Tensor, state: torch.Tensor, context: PassContext, step: int
+) -> torch.Tensor | None:
+    """One step of the core, `[B, T, D]`, by the compiled pass; None where it is not of the kind that is compiled.
+
+    That is one new token a row, on top of a cache that holds its earlier ones, and nobody who watches.
+    """
+    cache = context.cache
+    ordinary = context.subset is None and context.reading is None and not context.watchers
+    if cache is None or not ordinary or state.shape[1] != 1 or torch.is_grad_enabled():
+        return None
+    first = stack.config.n_layers_in_prelude
+    stored = cache.open_step(range(first, first + len(stack.core_block)), step, 1)
+    if stored is None:
+        return None
+    # Two arguments in the same memory would be a graph of its own.
+    state = state.clone() if state is embedded else state
+    return compiled_core_pass(
+        stack, embedded, state, stored, context.new_places(), context.masks, context.rotations, context.attention
     )
 
 

@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput
 from .adaptive import Head, run_adaptive
 from .blocks import Block, norm
 from .cache import RecurrentDepthCache
-from .compiled import can_be_compiled, compiled_core_pass, compiler_works
+from .compiled import compiler_works, step_compiled
 from .configuration import RecurrentDepthConfig
 from .errors import UserError
 from .passes import PassContext, check_cache, pass_context
@@ -55,8 +55,7 @@ class StackOutput(ModelOutput):
 class RecurrentStack(RecurrentDepthPreTrainedModel):
     """Everything but the head; `model.transformer`, and transformers' base model.
 
-    Its parts are modules by their published names: `wte`, `prelude`, `adapter`, `core_block`, `coda`, `ln_f`; and
-    `state_gate`, where the config asks for one.
+    Its parts, by their published names: `wte`, `prelude`, `adapter`, `core_block`, `coda`, `ln_f`, perhaps `state_gate`.
     """
 
     def __init__(self, config: RecurrentDepthConfig) -> None:
@@ -73,12 +72,10 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
         self.ln_f = norm(config, config.n_embd)
         # Training: keep only the states between steps, and run each step again in the backward pass.
         self.checkpoint_steps = False
-        # Set by `compile_core`.
-        self.core_is_compiled = False
-        # Each is told of every `forward` before it runs (`start_pass`), and called with (part, layer, step, value,
-        # context)
-        # as the parts are computed; what it returns takes the value's place. A layer is counted over the whole
-        # stack; the step is 0 for the initial state and outside the core.
+        self.core_is_compiled = False  # see `compile_core`
+        # Each is told of every `forward` before it runs (`start_pass`), and called with (part, layer, step, value, context)
+        # as the parts are computed; what it returns takes the value's place. A layer is counted over the whole stack; the
+        # step is 0 for the initial state and outside the core.
         self.watchers: tuple[Any, ...] = ()
         self.post_init()
 
@@ -96,14 +93,11 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
         self.wte = value  # type: ignore[assignment]
 
     def compile_core(self) -> bool:
-        """Let torch.compile make few kernels of the core's pass over one new token a row.
+        """Let torch.compile make few kernels of the core's pass over one new token a row; whether it can be done.
 
-        The first such pass takes some seconds to half a minute, one more where the batch changes between one row and
-        several; from then on neither longer texts nor other depths compile again.
-
-        Returns:
-            whether it can be done; without a C++ compiler, or with quantised layers, whose kernels a compiler can't see
-            into, one line says so, and everything runs as before.
+        The first such pass takes some seconds, as does the first of several rows; longer texts and other depths compile
+        nothing again. Without a C++ compiler, or with quantised layers, whose kernels a compiler can't see into, one line
+        says so, and everything runs as before.
         """
         self.core_is_compiled = compiler_works(self.device, self.core_block)
         return self.core_is_compiled
@@ -179,23 +173,15 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
         context = context.to(state.device).without_skipped(step, *state.shape[:2])
         embedded = embedded.to(state.device)
         skips = self.config.initial_state_mode == "skip-adapter" and step == 1
-        if self.core_is_compiled and record is None and not skips and can_be_compiled(context, state):
-            first = self.config.n_layers_in_prelude
-            stored = context.cache.open_step(range(first, first + len(self.core_block)), step, state.shape[1])
-            if stored is not None:
-                places = context.new_places()
-                # Two arguments in the same memory would be a graph of its own.
-                state = state.clone() if state is embedded else state
-                return compiled_core_pass(
-                    self, embedded, state, stored, places, context.masks, context.rotations, context.attention
-                )
-        if skips and context.continued is False:
+        compiled = self.core_is_compiled and record is None and not skips
+        reached = step_compiled(self, embedded, state, context, step) if compiled else None
+        if reached is None:
             injected = embedded
-        else:
-            injected = self.adapter(torch.cat([state, embedded], dim=-1))
+            if not skips or context.continued is not False:
+                injected = self.adapter(torch.cat([state, embedded], dim=-1))
             if skips and isinstance(context.continued, torch.Tensor):
                 injected = torch.where(context.continued[..., None], injected, embedded.to(injected.device))
-        reached = self.run_layers(self.core_block, injected, context, step, record)
+            reached = self.run_layers(self.core_block, injected, context, step, record)
         if self.state_gate is not None:
             reached = self.state_gate(state, reached, step == 1, context.continued)
         return context.watched("state", None, step, reached)

@@ -1,0 +1,34 @@
+"""Gross regressions of speed: a token's time as a multiple of its own floor, in processor time, with generous bounds."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import turns
+
+BOUNDS = {(1, 80): 2.5, (1, 1_056): 3.0, (8, 80): 2.5}  # 1.32, 1.44 and 1.35 were measured
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rows", "context"), BOUNDS)
+def test_a_token_costs_little_more_than_its_products(rows: int, context: int) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        model = turns.smollm2_shaped((1, 3, 1))
+        ids = torch.randint(3, 1_000, (1, context), generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            cache = model(ids, num_steps=4, use_cache=True, logits_to_keep=1).past_key_values
+            cache.batch_repeat_interleave(rows)
+            token = ids[:, :1].expand(rows, -1)
+            runs = {
+                "token": lambda: model(token, num_steps=4, past_key_values=cache),
+                "floor": turns.products(model, rows, 4, rows),
+            }
+            times = turns.in_turns(runs, 12, "cpu")
+    finally:
+        torch.set_num_threads(threads)
+    assert times["token"]["median"] < BOUNDS[rows, context] * times["floor"]["median"]
