@@ -234,7 +234,7 @@ def test_evaluation_takes_a_path(zoo, tmp_path: Path) -> None:
     words = ["eval", str(tmp_path / "roots"), "--num-steps", "1,3", "--limit", "2", "--criterion", path, "--json"]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout)[0]["exits"]["criterion"] == path
+    assert json.loads(done.stdout)["tasks_by_difficulty"][0]["exits"]["criterion"] == path
     with pytest.raises(UserError, match="missing"):
         evaluate_task(tmp_path / "nowhere", criterion="strangers:missing")
 

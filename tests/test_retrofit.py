@@ -37,7 +37,8 @@ def test_shipped_recipes_are_valid(file: Path) -> None:
         assert file.stem.endswith("-".join(map(str, shape)))
         assert "arXiv:2511.07384" in file.read_text()
     tokens = sum(run.max_steps * run.batch_size * run.sequence_length for run in recipe.heal)
-    assert tokens >= 2_000_000
+    # A task's labels say more of each token than text does.
+    assert tokens >= (300_000 if "task:" in file.read_text() else 2_000_000)
 
 
 @pytest.fixture

@@ -210,6 +210,7 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, RecurrentDepthGen
         _, steps = split_num_steps(chosen, self.config.max_num_steps)
         config = UnrolledConfig(recurrent=self.config.to_dict(), num_steps=steps)
         config._attn_implementation = self.config._attn_implementation
+        config.auto_map = {"AutoModel": "unrolled.UnrolledModel"}  # saving adds only the class of what is saved
         unrolled = UnrolledForCausalLM(config, self.transformer, self.lm_head)
         unrolled.generation_config = copy(self.generation_config)
         return unrolled.train(self.training)

@@ -290,7 +290,8 @@ def _needs_no_mask(
     tokens = hidden.shape[1]
     if config._attn_implementation != "sdpa" or is_tracing(hidden):
         return False
-    if kind == "sliding_attention" and past + tokens > config.sliding_window:
+    window = config.sliding_window if kind == "sliding_attention" else None
+    if window is not None and past + tokens > window:
         return False
     # Elsewhere than on a processor torch's kernels take the first key for the first query's own.
     knows = tokens == 1 or past == 0 or hidden.device.type == "cpu"
