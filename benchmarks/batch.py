@@ -6,15 +6,12 @@
 The rows' prompts are padded on the left to the longest, and a mask goes with every token, as `generate` does it.
 """
 
-import argparse
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from turns import CLOCKS, in_turns, machine, model_of, products
+from turns import in_turns, machine, model_of, parser_of, products, write_measurements
 
 from redepth import RecurrentDepthForCausalLM
 
@@ -34,19 +31,11 @@ def decoding(model: RecurrentDepthForCausalLM, lengths: torch.Tensor, num_steps:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "folder", type=Path, nargs="?", help="a checkpoint; a random model of SmolLM2's shape by default"
-    )
-    parser.add_argument("--layers", type=int, nargs=3, default=[4, 6, 4], metavar=("PRELUDE", "CORE", "CODA"))
+    parser = parser_of(__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--context", type=int, default=80, help="tokens of the longest row; the shortest has a quarter")
     parser.add_argument("--num-steps", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=16, help="timed tokens in each case")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, for a busy machine")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the measurements there")
     options = parser.parse_args()
 
     torch.set_num_threads(options.threads)
@@ -76,10 +65,7 @@ def main() -> None:
             f"{ratios['unequal_of_floor']:.2f} ×",
         )
     console.print(table)
-    if options.json:
-        chosen = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-        text = json.dumps({"settings": chosen, "machine": machine(), "results": results}, indent=2)
-        options.json.write_text(text, encoding="utf-8")
+    write_measurements(options, results)
 
 
 if __name__ == "__main__":

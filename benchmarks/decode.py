@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from turns import CLOCKS, in_turns, machine, model_of, products, spread
+from turns import CLOCKS, in_turns, machine, model_of, parser_of, products, spread, write_measurements
 
 from redepth import RecurrentDepthForCausalLM
 
@@ -185,21 +185,13 @@ def table_of(results: list[dict[str, Any]], title: str) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "folder", type=Path, nargs="?", help="a checkpoint; a random model of SmolLM2's shape by default"
-    )
-    parser.add_argument("--layers", type=int, nargs=3, default=[4, 6, 4], metavar=("PRELUDE", "CORE", "CODA"))
+    parser = parser_of(__doc__)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--context", type=int, nargs="+", default=[80, 1_056])
     parser.add_argument("--num-steps", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--tokens", type=int, default=24, help="timed tokens in each case")
     parser.add_argument("--compile-core", action="store_true", help="time it with a compiled core as well")
     parser.add_argument("--peer", type=Path, help="a folder with other modelling files to time on the same weights")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, for a busy machine")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the measurements there")
     options = parser.parse_args()
 
     torch.set_num_threads(options.threads)
@@ -225,10 +217,7 @@ def main() -> None:
     measured_on = machine()
     shape = "a random model of SmolLM2's shape" if options.folder is None else options.folder.name
     console.print(table_of(results, f"{shape}, {options.threads} threads, {measured_on['processor']}"))
-    if options.json:
-        chosen = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-        text = json.dumps({"settings": chosen, "machine": measured_on, "results": results}, indent=2)
-        options.json.write_text(text, encoding="utf-8")
+    write_measurements(options, results)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,12 @@ import json
 import resource
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from turns import CLOCKS, in_turns, machine, model_of, products
+from turns import in_turns, machine, model_of, parser_of, products, write_measurements
 
 from redepth import RecurrentDepthCache
 
@@ -53,18 +52,10 @@ def measure(options: argparse.Namespace, tokens: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "folder", type=Path, nargs="?", help="a checkpoint; a random model of SmolLM2's shape by default"
-    )
-    parser.add_argument("--layers", type=int, nargs=3, default=[4, 6, 4], metavar=("PRELUDE", "CORE", "CODA"))
+    parser = parser_of(__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1_024, 4_096])
     parser.add_argument("--num-steps", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, for a busy machine")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the measurements there")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
 
@@ -94,10 +85,7 @@ def main() -> None:
             f"{row['peak_mib']:,} ({row['peak_mib_before']:,})",
         )
     console.print(table)
-    if options.json:
-        chosen = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-        text = json.dumps({"settings": chosen, "machine": machine(), "results": results}, indent=2)
-        options.json.write_text(text, encoding="utf-8")
+    write_measurements(options, results)
 
 
 if __name__ == "__main__":

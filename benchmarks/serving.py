@@ -21,7 +21,6 @@ import argparse
 import json
 import platform
 import random
-import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +31,7 @@ import torch
 from pages import replace_table
 from rich.console import Console
 from transformers import StoppingCriteria, StoppingCriteriaList
+from turns import CLOCKS
 
 from redepth import load
 from redepth.checkpoint.load import load_tokenizer
@@ -40,7 +40,6 @@ from redepth.serving.engine import Engine
 from redepth.serving.request import Request, Sampling
 
 DEPTHS = (1, 2, 4, 8, 16, 32)
-CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 SHALLOW, DEEP = (1, 2), (16, 32)
 TEXT = Path(__file__).parent.parent / "README.md"
 
@@ -243,7 +242,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16, help="new tokens of each answer")
     parser.add_argument("--only", nargs="+", default=[*KINDS, "shallow"], choices=[*KINDS, "shallow"])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: its seconds, on a shared machine")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, for a busy machine")
     parser.add_argument("--json", type=Path, help="a file to write the figures to")
     parser.add_argument("--write", type=Path, help="a page whose table to replace")
     options = parser.parse_args()

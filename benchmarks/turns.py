@@ -4,6 +4,8 @@ The *floor* of a pass is the time of its matrix products with weights and nothin
 and all the rest would be free. It is timed in the same process, in turns with what it is the floor of.
 """
 
+import argparse
+import json
 import os
 import platform
 import statistics
@@ -34,6 +36,28 @@ SMOLLM2 = {
     "tie_embeddings": True,
 }
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """What every benchmark of speed asks for: the model, threads, the clock, a file for the figures."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "folder", type=Path, nargs="?", help="a checkpoint; a random model of SmolLM2's shape by default"
+    )
+    parser.add_argument("--layers", type=int, nargs=3, default=[4, 6, 4], metavar=("PRELUDE", "CORE", "CODA"))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, for a busy machine")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write the measurements there")
+    return parser
+
+
+def write_measurements(options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
+    """Settings, machine and results into the file that `--json` names, if it names one."""
+    if options.json is not None:
+        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+        text = json.dumps({"settings": settings, "machine": machine(), "results": results}, indent=2)
+        options.json.write_text(text, encoding="utf-8")
 
 
 def smollm2_shaped(layers: tuple[int, int, int], seed: int = 0) -> RecurrentDepthForCausalLM:
