@@ -106,13 +106,7 @@ def is_recurrent(checkpoint: str | Path) -> bool:
     Raises:
         RedepthError: where there is none that can be read.
     """
-    try:
-        values, _ = RecurrentDepthConfig.get_config_dict(checkpoint)
-    except (OSError, ValueError) as error:
-        raise RedepthError(
-            f"checkpoint {str(checkpoint)!r} has no readable configuration: {first_line(error)}"
-        ) from None
-    return values.get("model_type") == RecurrentDepthConfig.model_type
+    return _recorded_type(checkpoint) == RecurrentDepthConfig.model_type
 
 
 def local_checkpoint(name: str | Path) -> Path:
@@ -163,6 +157,15 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> Any:
         raise RedepthError(f"checkpoint {str(name)!r} has no usable tokenizer: {first_line(error)}") from None
 
 
+def _recorded_type(name: str | Path, revision: str | None = None) -> Any:
+    """The `model_type` that a configuration records."""
+    try:
+        values, _ = RecurrentDepthConfig.get_config_dict(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise RedepthError(f"checkpoint {str(name)!r} has no readable configuration: {first_line(error)}") from None
+    return values.get("model_type") if isinstance(values, dict) else None
+
+
 def _model_type(name: str | Path, known: tuple[str, ...], revision: str | None = None) -> str:
     text = str(name)
     folder = Path(text).expanduser()
@@ -172,11 +175,7 @@ def _model_type(name: str | Path, known: tuple[str, ...], revision: str | None =
         raise RedepthError(f"{text!r} has no config.json; give a folder made by redepth convert")
     if not folder.exists() and (text.startswith((".", "/", "~")) or text.count("/") != 1):
         raise RedepthError(f"checkpoint {text!r} does not exist; make one with redepth convert")
-    try:
-        values, _ = RecurrentDepthConfig.get_config_dict(folder if folder.exists() else text, revision=revision)
-    except (OSError, ValueError) as error:
-        raise RedepthError(f"checkpoint {text!r} has no readable configuration: {first_line(error)}") from None
-    model_type = values.get("model_type") if isinstance(values, dict) else None
+    model_type = _recorded_type(folder if folder.exists() else text, revision)
     if model_type not in known:
         raise RedepthError(
             f"{text!r} is a {model_type!r} checkpoint, not a recurrent one; convert it with redepth convert first"

@@ -1,7 +1,7 @@
 """Uploading a checkpoint to the hub, once it is something to show."""
 
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,4 +128,4 @@ def publish(
         raise RedepthError(f"the hub refused {repository!r}: {first_line(error)}") from None
     except (httpx.HTTPError, OSError) as error:
         raise RedepthError(f"the hub can't be reached: {first_line(error)}") from None
-    return Publication(**{**vars(plan), "url": str(url)})
+    return replace(plan, url=str(url))

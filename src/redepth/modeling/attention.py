@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+QUERIES_AT_ONCE = 256  # where a mask is needed: only so many rows of it are ever written out
+
 
 def eager_attention(
     module: nn.Module,
@@ -38,9 +40,6 @@ def eager_attention(
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, dropout, module.training)
     return (weights @ value.repeat_interleave(groups, dim=1)).transpose(1, 2), weights
-
-
-QUERIES_AT_ONCE = 256  # where a mask is needed: only so many rows of it are ever written out
 
 
 def attention_map(

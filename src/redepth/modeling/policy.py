@@ -172,7 +172,8 @@ class DepthPolicy:
                 `default_num_steps` by default; in training mode the default is drawn anew at each call.
             criterion: exit test of adaptive depth: `kl`, `entropy-diff`, `latent-diff`, `cosine`, `argmax-stability`,
                 a callable on (new, old) states, an `ExitTest`, or what `find_exit_test` finds by name: a test that an
-                installed package registers, or an import path `package.module:name`. Each token leaves when it passes, at the latest after num_steps.
+                installed package registers, or an import path `package.module:name`. Each token leaves when it
+                passes, at the latest after num_steps.
             exit_threshold: the test's or the sampler's; `auto` for its default, or of a test a calibrated agreement
                 such as `99%`.
             min_steps: steps that every token runs under a criterion.

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from redepth.modeling import RecurrentDepthConfig
+from redepth.modeling.attention import eager_attention
 from redepth.modeling.passes import PassContext
 from redepth.modeling.rotary import rotations
 
@@ -111,14 +112,12 @@ class PagedAttention:
         shape = heads, -1, group.rows, group.tokens, head_dim
         query = query.view(shape).permute(2, 0, 1, 3, 4).reshape(group.rows, heads, -1, head_dim)
         mask = group.masks[module.layer_type]
-        cap = module.soft_cap
-        if cap is not None:
-            scores = cap * torch.tanh(query @ keys.transpose(2, 3) * (module.scaling / cap))
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-            mixed = scores.float().softmax(-1).to(values.dtype) @ values
+        if module.soft_cap is not None:
+            mixed = eager_attention(module, query, keys, values, mask, module.scaling, softcap=module.soft_cap)[0]
+            mixed = mixed.transpose(1, 2)
         else:
             mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=module.scaling)
-        mixed = mixed.view(group.rows, heads, -1, group.tokens, head_dim)
+        mixed = mixed.reshape(group.rows, heads, -1, group.tokens, head_dim)
         return mixed.permute(0, 3, 1, 2, 4).reshape(group.rows * group.tokens, -1, head_dim)
 
 
