@@ -251,6 +251,8 @@ def test_no_field_of_a_config_takes_what_no_model_can_have() -> None:
             with torch.device("meta"):
                 redepth.RecurrentDepthForCausalLM(config)
         assert refused >= 3, field
+    with pytest.raises(ValueError, match=r"qk_bias is true, but num_key_value_heads \(2\) is not n_heads \(4\)"):
+        redepth.RecurrentDepthConfig(**small, num_key_value_heads=2, qk_bias=True)
 
 
 @pytest.mark.slow

@@ -118,7 +118,7 @@ def attend(
     if kind == "sdpa" and query.device.type == "cpu":
         return processor_attention(query, key, value, mask, layer.scaling)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager_attention)
-    # Only the eager form knows the soft cap; the other kinds refuse even a None.
+    # sdpa knows no soft cap and refuses even a None.
     cap = {} if layer.soft_cap is None else {"softcap": layer.soft_cap}
     return function(
         layer,

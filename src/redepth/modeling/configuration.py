@@ -83,6 +83,19 @@ class RecurrentDepthConfig(PreTrainedConfig):
         "max_position_embeddings": "block_size",
         "tie_word_embeddings": "tie_embeddings",
     }
+    # Outputs are gathered where queries, keys and values, or gate and up, lie side by side in one product and are split.
+    base_model_tp_plan = {
+        **{
+            f"{part}.*.{name}": "colwise_gather_output"
+            for part in GROUP_MODULES.values()
+            for name in ("attn.Wqkv", "mlp.fc")
+        },
+        **{
+            f"{part}.*.{name}": "rowwise_split_input"
+            for part in GROUP_MODULES.values()
+            for name in ("attn.proj", "mlp.proj")
+        },
+    }
 
     vocab_size: int = 65536
     n_embd: int = 5280
@@ -223,6 +236,11 @@ class RecurrentDepthConfig(PreTrainedConfig):
         if self.num_key_value_heads and self.n_heads % self.num_key_value_heads:
             raise UserError(
                 f"n_heads ({self.n_heads}) is not a multiple of num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.qk_bias and self.num_key_value_heads not in (None, self.n_heads):
+            raise UserError(
+                f"qk_bias is true, but num_key_value_heads ({self.num_key_value_heads}) is not n_heads ({self.n_heads}); "
+                "the published bias has one row for each query head, so switch it off"
             )
         if self.head_dim and self.head_dim % 2:
             raise UserError(f"head_dim is {self.head_dim}, but rotary positions need an even number")

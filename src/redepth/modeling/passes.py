@@ -3,6 +3,7 @@
 Shapes: B batch, T new tokens, S stored and new tokens, D width, K head_dim.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
@@ -18,6 +19,9 @@ from .lru_slots import ReadingOrder, reading_order
 from .rotary import rotations
 from .tokens import TokenSubset, surely
 
+# Kinds of attention that take a mask of one value for each query and key; flash and flex attention have masks of their own.
+WITH_WRITTEN_MASKS = ("sdpa", "eager")
+
 MASK_MAKERS = {
     "full_attention": create_causal_mask,
     "sliding_attention": create_sliding_window_causal_mask,
@@ -32,7 +36,7 @@ class PassContext:
         masks: by attention type, as the attention implementation takes them.
         rotations: by attention type, cos and sin in fp32, see `rotary.rotations`.
         position_ids: `[B or 1, T]`.
-        attention: the kind of attention, as in transformers' `attn_implementation`.
+        attention: the kind of attention, as in transformers' `attn_implementation`; see `written_kind`.
         subset: the tokens of this call, where they are not all of the pass.
         steps_run: `[B, T]`, under a criterion: the steps that the tokens have run so far.
         reading: how recurrent layers read the columns of the pass; None where there are none.
@@ -157,13 +161,24 @@ def document_starts(position_ids: torch.Tensor, mask: torch.Tensor | None, past:
 
 def _within_documents(mask: Any, documents: torch.Tensor) -> torch.Tensor:
     """A mask `[B or 1, 1, T, S]`, bool or additive, without the keys of other documents, which `[B, S]` tells apart."""
-    if not isinstance(mask, torch.Tensor) or mask.ndim != 4:
-        raise UserError(
-            "position_ids begin another document next to padding or to a cache that holds one, which needs attention of kind "
-            "sdpa or eager; load the model with attn_implementation='sdpa'"
-        )
     same = (documents[:, None, -mask.shape[2] :, None] == documents[:, None, None, :]).to(mask.device)
     return mask & same if mask.dtype == torch.bool else mask.masked_fill(~same, torch.finfo(mask.dtype).min)
+
+
+def written_kind(config: RecurrentDepthConfig) -> str:
+    """The kind of attention for a pass whose masks must be written out: the model's own where it takes such masks."""
+    if config._attn_implementation in WITH_WRITTEN_MASKS:
+        return str(config._attn_implementation)
+    return "eager" if config.attn_logit_softcapping is not None else "sdpa"
+
+
+def _with_attention(config: RecurrentDepthConfig, kind: str) -> RecurrentDepthConfig:
+    """The configuration as it would be with another kind of attention, for transformers' makers of masks."""
+    if config._attn_implementation == kind:
+        return config
+    config = copy.copy(config)
+    config._attn_implementation = kind
+    return config
 
 
 def check_cache(config: RecurrentDepthConfig, cache: Any) -> None:
@@ -253,15 +268,20 @@ def pass_context(
             starts,
             device=hidden.device,
         )
+    whole_batch = padding_mask is None or starts is None or surely(padding_mask.all())
+    only_documents = starts is not None and past == 0 and whole_batch
+    attention = config._attn_implementation
+    given_whole = attention_mask is not None and padding_mask is None
+    if whole_masks or given_whole or (documents is not None and not (only_documents and attention == "flex_attention")):
+        attention = written_kind(config)
     mask_inputs: dict[str, Any] = {
-        "config": config,
+        "config": _with_attention(config, attention),
         "inputs_embeds": hidden,
         "attention_mask": attention_mask,
         "past_key_values": cache,
         "allow_is_causal_skip": not whole_masks,
     }
-    whole_batch = padding_mask is None or starts is None or surely(padding_mask.all())
-    if starts is not None and past == 0 and whole_batch:
+    if only_documents:
         # transformers itself makes the masks of packed documents where a row holds nothing else.
         mask_inputs |= {"attention_mask": None, "past_key_values": None, "position_ids": position_ids}
         documents = None
@@ -278,7 +298,7 @@ def pass_context(
         rotations={kind: rotations(config, position_ids, kind) for kind in attention_types},
         cache=cache,
         position_ids=position_ids,
-        attention=config._attn_implementation,
+        attention=attention,
         reading=reading,
     )
 
@@ -331,7 +351,7 @@ def ragged_context(
         rotations={kind: rotations(config, positions, kind) for kind in kinds},
         cache=cache,
         position_ids=positions,
-        attention=config._attn_implementation,
+        attention=written_kind(config),
         subset=TokenSubset(
             torch.arange(len(places), device=places.device), places - start, real, len(places), end - start
         ),
