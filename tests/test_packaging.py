@@ -34,7 +34,7 @@ def test_the_wheel_is_complete(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if name.startswith("redepth/")}
     package = ROOT / "src" / "redepth"
-    wanted = [*package.rglob("*.py"), *package.rglob("*.yaml"), package / "py.typed"]
+    wanted = [file for file in package.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
     assert held == {f"redepth/{file.relative_to(package).as_posix()}" for file in wanted}
 
 
