@@ -2,13 +2,15 @@
 
     python benchmarks/serving.py OUT
     python benchmarks/serving.py OUT --json serving.json --write docs/serving.md
+    python benchmarks/serving.py OUT --json serving.json --only kl --streams 4      # a part; the rest of the file stays
+    python benchmarks/serving.py OUT --json serving.json --only --write docs/serving.md      # nothing: the file's table
 
 Streams are clients: each asks for its next answer when it has the last. Prompts are pieces of text of 8 to 24 tokens, depths
 are drawn from 1, 2, 4, 8, 16 and 32 in equal shares, or every token leaves by an exit test. All three ways answer the same
 requests, greedily:
 
-- *one at a time*: `model.generate` for one request after another. Each depth is timed by itself and counts as often as
-  it is asked for.
+- *one at a time*: `model.generate` for one request after another. `--timed` of the requests, as many of each policy, are
+  timed and stand for the others.
 - *static batches*: `model.generate` for one request of every stream, padded, at the depth of the deepest of them; the next
   batch starts when all are done.
 - *engine*: `redepth.serving.engine.Engine`.
@@ -19,10 +21,11 @@ with as many at r = 16 and 32 beside them.
 
 import argparse
 import json
-import platform
 import random
-from collections import Counter
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,7 @@ import torch
 from pages import replace_table
 from rich.console import Console
 from transformers import StoppingCriteria, StoppingCriteriaList
-from turns import CLOCKS
+from turns import CLOCKS, machine
 
 from redepth import load
 from redepth.checkpoint.load import load_tokenizer
@@ -41,6 +44,7 @@ from redepth.serving.request import Request, Sampling
 
 DEPTHS = (1, 2, 4, 8, 16, 32)
 SHALLOW, DEEP = (1, 2), (16, 32)
+MOST_STREAMS = 16
 TEXT = Path(__file__).parent.parent / "README.md"
 
 
@@ -134,19 +138,23 @@ def timed_generate(model: Any, together: list[Asked], tokens: int) -> tuple[floa
     return started, clock.times
 
 
-def one_at_a_time(model: Any, streams: list[list[Asked]], tokens: int) -> Seen:
+def one_at_a_time(model: Any, streams: list[list[Asked]], tokens: int, timed: int) -> Seen:
     seen = Seen()
-    counts = Counter(one.num_steps for stream in streams for one in stream)
-    for num_steps, count in counts.items():
-        one = next(one for stream in streams for one in stream if one.num_steps == num_steps)
-        started, times = timed_generate(model, [one], tokens)
-        for _ in range(count):
-            seen.take(num_steps, started, times)
-        seen.took += count * (times[-1] - started)
+    of_policy: dict[Any, list[Asked]] = defaultdict(list)
+    for stream in streams:
+        for one in stream:
+            of_policy[one.policy].append(one)
+    for alike in of_policy.values():
+        chosen = alike[: max(1, timed // len(of_policy))]
+        for number, one in enumerate(chosen):
+            started, times = timed_generate(model, [one], tokens)
+            for _ in alike[number :: len(chosen)]:
+                seen.take(one.num_steps, started, times)
+                seen.took += times[-1] - started
     return seen
 
 
-def static_batches(model: Any, streams: list[list[Asked]], tokens: int) -> Seen:
+def static_batches(model: Any, streams: list[list[Asked]], tokens: int, timed: int) -> Seen:
     seen = Seen()
     for together in zip(*streams, strict=True):
         started, times = timed_generate(model, list(together), tokens)
@@ -156,7 +164,7 @@ def static_batches(model: Any, streams: list[list[Asked]], tokens: int) -> Seen:
     return seen
 
 
-def with_engine(model: Any, streams: list[list[Asked]], tokens: int) -> Seen:
+def with_engine(model: Any, streams: list[list[Asked]], tokens: int, timed: int) -> Seen:
     seen, engine = Seen(), Engine(model, max_rows=len(streams))
     times: dict[Request, list[float]] = {}
     asked_at: dict[Request, float] = {}
@@ -187,37 +195,32 @@ def with_engine(model: Any, streams: list[list[Asked]], tokens: int) -> Seen:
 WAYS = {"one at a time": one_at_a_time, "static batches": static_batches, "engine": with_engine}
 KINDS: dict[str, list[dict[str, Any]]] = {
     "mixed depths": [{"num_steps": r} for r in DEPTHS],
-    "adaptive exit": [{"num_steps": max(DEPTHS), "criterion": "latent-diff"}],
+    "latent-diff": [{"num_steps": max(DEPTHS), "criterion": "latent-diff"}],
+    "kl": [{"num_steps": max(DEPTHS), "criterion": "kl"}],
 }
 
 
-def compare(model: Any, ids: list[int], options: argparse.Namespace) -> list[dict[str, Any]]:
+def compare(model: Any, ids: list[int], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A line for each kind of request, number of streams and way."""
-    lines = []
     for kind, choices in KINDS.items():
         for streams in options.streams if kind in options.only else ():
             asked = requests(ids, streams, max(options.each, -(-options.least // streams)), choices)
             for way, run in WAYS.items():
-                line = {"requests": kind, "streams": streams, "way": way} | run(model, asked, options.tokens).figures()
-                lines.append(line)
-                Console(stderr=True).print(line)
-    return lines
+                figures = run(model, asked, options.tokens, options.timed).figures()
+                yield {"requests": kind, "streams": streams, "way": way} | figures
 
 
-def beside_deep_ones(model: Any, ids: list[int], options: argparse.Namespace) -> list[dict[str, Any]]:
+def beside_deep_ones(model: Any, ids: list[int], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """What shallow streams see alone, and with deep ones beside them."""
-    half = max(options.streams) // 2
+    half = MOST_STREAMS // 2
     # More of the shallow ones than of the deep, so that these are there all the time.
     shallow = requests(ids, half, 2 * options.each, [{"num_steps": r} for r in SHALLOW])
     deep = requests(ids, half, 1, [{"num_steps": r} for r in DEEP])
-    lines = []
     for name, streams in (("alone", shallow), ("beside deep ones", shallow + deep)):
-        seen = with_engine(model, streams, options.tokens)
+        seen = with_engine(model, streams, options.tokens, options.timed)
         gaps = [gap for r in SHALLOW for gap in seen.between[r]]
         figures = {f"between_tokens_p{share}_ms": 1000 * float(np.percentile(gaps, share)) for share in (50, 95)}
-        lines.append({"shallow streams": name, "streams": len(streams)} | figures)
-        Console(stderr=True).print(lines[-1])
-    return lines
+        yield {"shallow streams": name, "streams": len(streams)} | figures
 
 
 def as_table(lines: list[dict[str, Any]]) -> str:
@@ -233,17 +236,54 @@ def as_table(lines: list[dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (titles, ["---"] * len(titles), *rows))
 
 
+def noted(config: Any, options: argparse.Namespace) -> str:
+    """What the figures depend on, in a line."""
+    here = machine()
+    return (
+        f"{options.tokens} new tokens an answer, fp32, {config.n_layers_in_prelude} + {config.n_layers_in_recurrent_block} + "
+        f"{config.n_layers_in_coda} layers of width {config.n_embd}; torch {here['torch']}, {options.threads} threads, "
+        f"{options.clock} time, {here['processor']}, {here['instructions']}."
+    )
+
+
+def measured_before(file: Path, note: str) -> list[dict[str, Any]]:
+    """The lines of a file, if there is one.
+
+    Raises:
+        SystemExit: where they were measured in another way or elsewhere.
+    """
+    if not file.exists():
+        return []
+    before = json.loads(file.read_text(encoding="utf-8"))
+    if before["note"] != note:
+        raise SystemExit(f"{file} was measured otherwise ({before['note']}); name another file")
+    return before["lines"]
+
+
+def merged(before: list[dict[str, Any]], now: dict[str, Any]) -> list[dict[str, Any]]:
+    """The lines with one more, which takes the place of its like; in the order of the whole run."""
+
+    def place(line: dict[str, Any]) -> tuple[int, int, int]:
+        if "requests" not in line:
+            return len(KINDS), line["streams"], 0
+        return list(KINDS).index(line["requests"]), line["streams"], list(WAYS).index(line["way"])
+
+    lines = {place(line): line for line in [*before, now]}
+    return [lines[key] for key in sorted(lines)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, MOST_STREAMS])
     parser.add_argument("--each", type=int, default=3, help="requests of each stream, at least")
     parser.add_argument("--least", type=int, default=6, help="requests in all, at least")
+    parser.add_argument("--timed", type=int, default=6, help="requests that are timed one at a time")
     parser.add_argument("--tokens", type=int, default=16, help="new tokens of each answer")
-    parser.add_argument("--only", nargs="+", default=[*KINDS, "shallow"], choices=[*KINDS, "shallow"])
+    parser.add_argument("--only", nargs="*", default=[*KINDS, "shallow"], choices=[*KINDS, "shallow"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, for a busy machine")
-    parser.add_argument("--json", type=Path, help="a file to write the figures to")
+    parser.add_argument("--json", type=Path, help="the figures so far; what is measured now takes its place")
     parser.add_argument("--write", type=Path, help="a page whose table to replace")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -252,20 +292,17 @@ def main() -> None:
     ids = tokenizer(TEXT.read_text(encoding="utf-8"))["input_ids"]
     warm_up = requests(ids, 2, 1, [{"num_steps": 2}])
     for run in WAYS.values():
-        run(model, warm_up, 2)
-    tables = [compare(model, ids, options)]
-    if "shallow" in options.only:
-        tables.append(beside_deep_ones(model, ids, options))
-    config = model.config
-    note = (
-        f"{options.tokens} new tokens an answer, fp32, {config.n_layers_in_prelude} + {config.n_layers_in_recurrent_block} + "
-        f"{config.n_layers_in_coda} layers of width {config.n_embd}; torch {torch.__version__}, {options.threads} threads, "
-        f"{options.clock} time, {platform.machine()}."
-    )
-    if options.json is not None:
-        figures = {"note": note, "lines": tables[0], "shallow": tables[1:] and tables[1]}
-        options.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
-    page = "\n\n".join([*(as_table(lines) for lines in tables if lines), note])
+        run(model, warm_up, 2, 2)
+    note = noted(model.config, options)
+    lines = [] if options.json is None else measured_before(options.json, note)
+    shallow = beside_deep_ones(model, ids, options) if "shallow" in options.only else ()
+    for line in chain(compare(model, ids, options), shallow):
+        Console(stderr=True).print(line)
+        lines = merged(lines, line)
+        if options.json is not None:
+            options.json.write_text(json.dumps({"note": note, "lines": lines}, indent=1), encoding="utf-8")
+    tables = [[line for line in lines if head in line] for head in ("requests", "shallow streams")]
+    page = "\n\n".join([*(as_table(table) for table in tables if table), note])
     if options.write is None:
         print(page)
     else:

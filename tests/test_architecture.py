@@ -65,7 +65,7 @@ ORDER: dict[str, int] = {
     "analysis": 5,
     "healing": 5,
     "serving": 5,
-    "play": 6,
+    "playground": 6,
     "api": 7,
     "cli": 8,
 }
@@ -112,6 +112,11 @@ def test_the_command_line_knows_the_door_alone() -> None:
 def test_files_stay_short() -> None:
     lengths = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in PACKAGE.rglob("*.py")}
     assert {file.name: length for file, length in lengths.items() if length > MOST_LINES} == {}
+
+
+def test_no_verb_is_hidden_by_a_part_of_its_name() -> None:
+    """Importing a part makes it an attribute of the package, in the place of a function that is called the same."""
+    assert not set(redepth.__all__) & {file.stem for file in PACKAGE.iterdir()}
 
 
 # Other libraries' names that have no public twin; each was looked for.

@@ -228,6 +228,7 @@ TOKENIZERS = {
         "calibrate": "calibrate {checkpoint} --data {texts}/good.jsonl --rows 2 --sequence-length 16 --most-steps 3",
         "heal": HEAL,
         "chat": "chat {checkpoint}",
+        "serve": "serve {checkpoint} --port 0",
     }.items()
     for kind, spoil in {
         "broken": text("checkpoint/tokenizer.json", "{"),
@@ -237,6 +238,11 @@ TOKENIZERS = {
         "missing": all_of(remove("checkpoint/tokenizer.json"), remove("checkpoint/tokenizer_config.json")),
     }.items()
 } | {
+    "no tokenizer, in plain words": case(
+        "serve {checkpoint} --port 0",
+        "has no tokenizer; put tokenizer.json",
+        all_of(remove("checkpoint/tokenizer.json"), remove("checkpoint/tokenizer_config.json")),
+    ),
     "more tokens than the vocabulary": case(
         "generate {checkpoint} hi~",
         "vocabulary",

@@ -1,6 +1,7 @@
 """The engine: what a request gets does not depend on what runs beside it."""
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as models_of_words
+from transformers import PreTrainedTokenizerFast
 
 from redepth import RecurrentDepthForCausalLM, load
 from redepth.errors import RedepthError
@@ -357,3 +361,36 @@ def test_text_comes_in_whole_characters_and_ends_before_the_first_stop(text: str
     assert (stream.stopped_by is not None) == bool(found)
     if len({end for end, _ in found}) == len(found):
         assert stream.text == wanted
+
+
+def sentence_pieces() -> Any:
+    """A tokenizer as Llama 2's: words carry their space, single bytes make up the rest, a text's first space is dropped."""
+    words = {"<s>": 0, "▁": 1, "▁is": 2, "▁Paris": 3, "is": 4, "a": 5}
+    pieces = models_of_words.BPE(words | {f"<0x{byte:02X}>": 6 + byte for byte in range(256)}, [], byte_fallback=True)
+    tokenizer = Tokenizer(pieces)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+
+
+EURO = [6 + byte for byte in "€".encode()]
+PIECES = st.lists(st.sampled_from([[0], [1], [2], [3], [4], [5], EURO]), max_size=6)
+
+
+@given(before=PIECES, said=PIECES)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_an_answer_that_goes_on_in_a_text_keeps_its_first_space(before: list[list[int]], said: list[list[int]]) -> None:
+    tokenizer = sentence_pieces()
+    prompt, answer = [0, 5, *chain(*before)], list(chain(*said))
+    stream = TextStream(tokenizer, after=prompt)
+    streamed = "".join(map(stream.put, answer)) + stream.end()
+    whole = tokenizer.decode(prompt + answer, skip_special_tokens=True)
+    assert streamed == whole[len(tokenizer.decode(prompt, skip_special_tokens=True)) :]
+
+
+def test_an_answer_of_its_own_begins_without_a_space() -> None:
+    for after, text in (([5, 2], " Paris is"), ([], "Paris is"), ([0], "Paris is"), ([5, EURO[0]], "Paris is")):
+        stream = TextStream(sentence_pieces(), after=after)
+        assert stream.put(3) + stream.put(2) + stream.end() == text

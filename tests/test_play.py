@@ -12,12 +12,22 @@ from typing import Any
 import pytest
 import torch
 
+import redepth
 from redepth.data.tasks.roots import Roots
 from redepth.modeling import DepthPolicy
-from redepth.play.inside import inside_html, look_inside
-from redepth.play.problems import is_right, make_example, task_names
-from redepth.play.shading import FIRST_DARK, INK_ON_DARK, INK_ON_LIGHT, SHADES, Unit, answer_html, legend_html, shade_of
-from redepth.play.sides import flops_in_words
+from redepth.playground.inside import inside_html, look_inside
+from redepth.playground.problems import is_right, make_example, task_names
+from redepth.playground.shading import (
+    FIRST_DARK,
+    INK_ON_DARK,
+    INK_ON_LIGHT,
+    SHADES,
+    Unit,
+    answer_html,
+    legend_html,
+    shade_of,
+)
+from redepth.playground.sides import flops_in_words
 from redepth.serving.limits import Limits
 from redepth.serving.served import Served
 from tests.served import make_served, tiny_model, wait_until
@@ -150,7 +160,7 @@ def browser():
 @contextmanager
 def open_page(models: list[Served]) -> Iterator[str]:
     pytest.importorskip("gradio")
-    from redepth.play.page import free_port, launch
+    from redepth.playground.page import free_port, launch
 
     found: list[str] = []
     blocks = launch(models, "127.0.0.1", free_port("127.0.0.1", 0), wait=False, on_start=found.append)
@@ -258,6 +268,14 @@ def test_two_answers_side_by_side_and_a_look_inside_by_keyboard(page) -> None:
     assert page.locator("#answer-B .rd-token").nth(1).get_attribute("aria-pressed") == "true"
     chosen = page.locator("#inside h3 code").inner_text()
     assert page.locator("#inside tbody tr").last.locator("code").first.inner_text() == chosen
+
+
+@pytest.mark.slow
+def test_a_checkpoint_without_a_tokenizer_is_told_in_a_line(model, tmp_path: Path) -> None:
+    pytest.importorskip("gradio")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(redepth.RedepthError, match="has no tokenizer; put"):
+        redepth.play(tmp_path, port=0)
 
 
 @pytest.mark.slow

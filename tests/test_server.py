@@ -11,6 +11,8 @@ import httpx
 import openai
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from redepth.cli import main
 from redepth.modeling import DepthPolicy
@@ -19,7 +21,7 @@ from redepth.serving.limits import Limits
 from redepth.serving.request import Sampling
 from redepth.serving.served import Served
 from redepth.serving.sockets import listen
-from tests.served import make_served, running, tiny_model, wait_until
+from tests.served import TEMPLATE, make_served, running, tiny_model, wait_until
 from tests.test_healing import byte_tokenizer
 
 PROMPT = "Depth is "
@@ -150,6 +152,22 @@ def test_logprobs_are_the_models_own(client, served) -> None:
     assert [entry.token for entry in chat.logprobs.content] == list(chat.message.content)
     assert all(entry.top_logprobs[0].logprob == entry.logprob for entry in chat.logprobs.content)
     assert bytes(chat.logprobs.content[0].bytes).decode() == chat.message.content[0]
+
+
+def test_a_completion_keeps_its_first_space_and_a_chat_has_none(model) -> None:
+    """Words of a tokenizer that carry their space, which it drops at the beginning of what it decodes."""
+    words = Tokenizer(models.WordLevel({f"▁{number}": number for number in range(model.config.vocab_size)}, "▁0"))
+    words.pre_tokenizer = pre_tokenizers.Metaspace()
+    words.decoder = decoders.Metaspace()
+    served = make_served(model)
+    served.tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, chat_template=TEMPLATE)
+    asked: dict[str, Any] = {"model": "tiny", "max_tokens": 3, "temperature": 0}
+    with running(served) as url:
+        said = client_of(url).completions.create(prompt="5 6", logprobs=1, **asked).choices[0]
+        chat = client_of(url).chat.completions.create(messages=[{"role": "user", "content": "5"}], **asked).choices[0]
+    assert said.text.startswith(" ") and "".join(said.logprobs.tokens) == said.text
+    assert said.logprobs.text_offset[1] == len(said.logprobs.tokens[0])
+    assert len(chat.message.content.split()) == 3 and not chat.message.content.startswith(" ")
 
 
 def test_prompts_may_be_ids_and_several(client, served) -> None:

@@ -15,7 +15,23 @@ from .registration import register_with_libraries
 if TYPE_CHECKING:
     from .analysis.patch import patch
     from .analysis.record import record
-    from .api import analyze, calibrate, convert, create, evaluate, heal, inspect, load, plan, publish, retrofit, verify
+    from .api import (
+        analyze,
+        calibrate,
+        convert,
+        create,
+        evaluate,
+        heal,
+        inspect,
+        load,
+        plan,
+        play,
+        publish,
+        quantize,
+        retrofit,
+        serve,
+        verify,
+    )
     from .griffin import RecurrentGemmaCache, RecurrentGemmaConfig, RecurrentGemmaForCausalLM, RecurrentGemmaModel
     from .healing.recipe import HealRecipe
     from .modeling import (
@@ -42,9 +58,11 @@ _MODULES = {
             "inspect",
             "load",
             "plan",
+            "play",
             "publish",
             "quantize",
             "retrofit",
+            "serve",
             "verify",
         ),
         "api",
@@ -92,10 +110,12 @@ __all__ = [
     "load",
     "patch",
     "plan",
+    "play",
     "publish",
     "quantize",
     "record",
     "retrofit",
+    "serve",
     "verify",
 ]
 

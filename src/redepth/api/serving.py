@@ -117,15 +117,15 @@ def play(
     from redepth.runtime import choose_device, require
 
     require("gradio", "play")
-    from redepth.play.page import free_port, launch
+    from redepth.playground.page import free_port, launch
     from redepth.serving.limits import limits_from
-    from redepth.serving.served import Served
+    from redepth.serving.served import Served, usual_name
 
     allowed = limits_from(num_steps=max_num_steps)
     chosen = free_port(host, port)
     models: list[Served] = []
     for number, each in enumerate([checkpoint] if other is None else [checkpoint, other]):
-        name = Path(str(each).rstrip("/")).name
+        name = usual_name(each)
         # Two of one name are told apart by their places.
         called = name if name not in [served.name for served in models] else f"{name} ({number + 1})"
         models.append(

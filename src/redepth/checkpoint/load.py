@@ -17,6 +17,7 @@ from redepth.runtime import choose_device, parse_dtype
 
 from .checked import load_checked
 from .folder import CONFIG_FILE, CheckpointFolder
+from .sources import TOKENIZER_FILES
 
 MODEL_CLASSES: dict[str, Any] = {
     "huginn_raven": RecurrentDepthForCausalLM,
@@ -151,6 +152,11 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> Any:
     Raises:
         RedepthError: where there is none.
     """
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not any((folder / file).exists() for file in TOKENIZER_FILES):
+        raise RedepthError(
+            f"checkpoint {str(name)!r} has no tokenizer; put tokenizer.json and tokenizer_config.json beside its config.json"
+        )
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
     except Exception as error:  # tokenizers written in Rust raise nothing more special

@@ -96,13 +96,20 @@ class Batch:
         policy: DepthPolicy,
         sampling: Sampling,
         stops: tuple[str, ...] = (),
+        *,
+        continues: bool,
     ) -> Answer:
         """Submit one more; where that is refused, those that were added before are ended.
+
+        Args:
+            continues: whether the answer goes on in the prompt's text, and does not begin one of its own.
 
         Raises:
             Refusal: as `Runner.submit`.
         """
-        answer = Answer(list(prompt), policy, sampling, TextStream(served.tokenizer, stops))
+        answer = Answer(
+            list(prompt), policy, sampling, TextStream(served.tokenizer, stops, prompt if continues else ())
+        )
         try:
             answer.request = served.runner.submit(prompt, policy, sampling, self._listener(len(self.answers)))
         except ValueError as error:

@@ -149,7 +149,7 @@ def create_app(served: Served, api_key: str | None = None) -> FastAPI:
                     seed=(seed + choice) % 2**32,
                     logprobs=body.most_likely,
                 )
-                batch.add(served, prompt, policy, sampling, body.stops)
+                batch.add(served, prompt, policy, sampling, body.stops, continues=body.continues_text)
         return batch
 
     async def answer(form_class: type[Form], body: protocol.Asked, prompts: list[list[int]], request: Request) -> Any:

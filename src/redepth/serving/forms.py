@@ -45,6 +45,7 @@ class Form:
     def __post_init__(self) -> None:
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
         self._lengths = [0] * len(self.answers)
+        self._letter = self.tokenizer("a", add_special_tokens=False)["input_ids"]
 
     @property
     def _head(self) -> dict[str, Any]:
@@ -75,7 +76,8 @@ class Form:
         raise NotImplementedError
 
     def token_text(self, token: int) -> str:
-        return self.tokenizer.decode([token])
+        """What a token adds to a text; its space is part of it, which some tokenizers drop at the beginning."""
+        return self.tokenizer.decode([*self._letter, token])[len(self.tokenizer.decode(self._letter)) :]
 
     def _steps(self, tokens: Sequence[Token]) -> list[int]:
         return [token.steps for token in tokens]

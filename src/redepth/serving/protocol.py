@@ -56,6 +56,7 @@ class Asked(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     usual_tokens: ClassVar[int]  # the longest answer where no length is asked for
+    continues_text: ClassVar[bool]  # whether the answer goes on in the prompt's text
     _ignored: tuple[str, ...] = PrivateAttr(())
 
     model: str = Field(description="Name of the served model.")
@@ -163,6 +164,7 @@ class ChatAsked(Asked):
     """The body of /v1/chat/completions."""
 
     usual_tokens = 512
+    continues_text = False
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, description="Another name of max_tokens.")
@@ -184,6 +186,7 @@ class CompletionAsked(Asked):
     """The body of /v1/completions."""
 
     usual_tokens = 16  # as OpenAI's
+    continues_text = True
 
     prompt: str | list[str] | list[int] | list[list[int]] = Field(
         min_length=1, description="Text or token ids, or a list of either."
@@ -248,11 +251,24 @@ class ChatChoice(BaseModel):
     steps: list[int] = Steps
 
 
-class ChatCompletion(BaseModel):
+class Answered(BaseModel):
+    """What every answer says of itself."""
+
     id: str
-    object: Literal["chat.completion"] = "chat.completion"
+    object: str
     created: int
     model: str
+
+
+class Part(Answered):
+    """An answer or a chunk of one, of which only the last ones know what it came to."""
+
+    usage: Usage | None = None
+    redepth: Depth | None = None
+
+
+class ChatCompletion(Answered):
+    object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
     usage: Usage
     redepth: Depth
@@ -275,14 +291,9 @@ class ChatChunkChoice(BaseModel):
     steps: list[int]
 
 
-class ChatChunk(BaseModel):
-    id: str
+class ChatChunk(Part):
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
     choices: list[ChatChunkChoice]
-    usage: Usage | None = None
-    redepth: Depth | None = None
 
 
 class CompletionLogprobs(BaseModel):
@@ -300,16 +311,11 @@ class CompletionChoice(BaseModel):
     steps: list[int] = Steps
 
 
-class Completion(BaseModel):
+class Completion(Part):
     """An answer of /v1/completions, and every chunk of a stream of it."""
 
-    id: str
     object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
     choices: list[CompletionChoice]
-    usage: Usage | None = None
-    redepth: Depth | None = None
 
 
 class Model(BaseModel):

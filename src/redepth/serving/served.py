@@ -55,8 +55,7 @@ class Served:
         if not isinstance(model, RecurrentDepthForCausalLM):
             raise RedepthError(f"checkpoint {str(checkpoint)!r} has no depth to serve; convert it with redepth convert")
         engine = Engine(model, max_rows=max_rows, max_tokens=max_tokens)
-        called = name or Path(str(checkpoint).rstrip("/")).expanduser().name or str(checkpoint)
-        return cls(called, str(checkpoint), model, tokenizer, Runner(engine, limits), limits)
+        return cls(name or usual_name(checkpoint), str(checkpoint), model, tokenizer, Runner(engine, limits), limits)
 
     @property
     def room(self) -> int:
@@ -146,6 +145,11 @@ class Served:
         # The last token is not run, so it needs no room.
         left = self.model.config.block_size + 1 - len(prompt)
         return min(asked or usual, self.limits.new_tokens, left)
+
+
+def usual_name(checkpoint: str | Path) -> str:
+    """What a model is called where nobody says: its folder's name."""
+    return Path(checkpoint).expanduser().resolve().name
 
 
 def _named_in(error: Exception, keywords: dict[str, Any]) -> str | None:

@@ -1,9 +1,12 @@
 """Text out of a stream of tokens, and the stop strings in it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 # What a tokenizer writes for bytes that are no character yet.
 UNFINISHED = "\ufffd"
+# Tokens before an answer that its first ones are decoded after; special ones among them say nothing.
+CONTEXT = 8
 
 
 class TextStream:
@@ -15,18 +18,21 @@ class TextStream:
     Args:
         tokenizer: of the model.
         stops: strings at which the text ends; they are left out of it.
-        skip_special_tokens: as the tokenizer's `decode` takes it.
+        after: ids that the answer goes on from. Many tokenizers drop the space before the first word of what they
+            decode, and here that space is part of the text.
     """
 
-    def __init__(self, tokenizer: Any, stops: tuple[str, ...] = (), skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: Any, stops: tuple[str, ...] = (), after: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
         self.stops = tuple(stop for stop in stops if stop)
-        self.skip_special_tokens = skip_special_tokens
-        self.ids: list[int] = []
+        self.ids = list(after[-CONTEXT:])
         self.text = ""
         self.stopped_by: str | None = None
         # Where decoding begins anew, a whole character before the last ones; and what of that is in `_seen` already.
-        self._from, self._until = 0, 0
+        self._from, self._until = 0, len(self.ids)
+        if self._decode(0, self._until).endswith(UNFINISHED):
+            # The answer's first bytes may complete a character of the prompt, so they are decoded by themselves.
+            self._from = self._until
         self._seen = ""
 
     def put(self, token_id: int) -> str:
@@ -51,7 +57,7 @@ class TextStream:
         return self._give(len(self._seen) if self.stopped_by is None else certain)
 
     def _decode(self, start: int, end: int) -> str:
-        return self.tokenizer.decode(self.ids[start:end], skip_special_tokens=self.skip_special_tokens)
+        return self.tokenizer.decode(self.ids[start:end], skip_special_tokens=True)
 
     def _certain(self) -> int:
         """How much of what was seen can be given out; notes the stop string that is complete first."""

@@ -38,7 +38,7 @@ def theme() -> Any:
 
 
 def style() -> str:
-    return style_sheet() + files("redepth.play").joinpath("page.css").read_text("utf-8")
+    return style_sheet() + files("redepth.playground").joinpath("page.css").read_text("utf-8")
 
 
 class Page:
@@ -58,7 +58,7 @@ class Page:
         """The Blocks, ready to launch."""
         names = [served.name for served in self.models]
         first = self.models[0]
-        script = files("redepth.play").joinpath("tokens.js").read_text("utf-8")
+        script = files("redepth.playground").joinpath("tokens.js").read_text("utf-8")
         with gr.Blocks(title="redepth", analytics_enabled=False, fill_width=True) as blocks:
             gr.HTML(HEAD.format(names=" and ".join(names)))
             prompt = gr.Textbox(
@@ -186,7 +186,8 @@ class Page:
         """Answer on one side or both, as the tokens come."""
         try:
             settings = [controls[:4], controls[4:]][: 2 if compare else 1]
-            wanted = [self._wanted(prompt, how, example, *each) for each in settings]
+            as_message = how == REPLY and example is None
+            wanted = [self._wanted(prompt, as_message, *each) for each in settings]
             most = max(policy.num_steps for _, policy, _ in wanted)
             batch = Batch(self.models[0].limits.seconds)
             sides = []
@@ -197,7 +198,7 @@ class Page:
                     temperature=float(temperature),
                     seed=int(seed),
                 )
-                answer = batch.add(served, ids, policy, sampling)
+                answer = batch.add(served, ids, policy, sampling, continues=not as_message)
                 sides.append(Side(served, self.counts[self.models.index(served)], answer, most))
             drawn_at = 0.0
             yield self._shown(sides, most, example)
@@ -211,7 +212,7 @@ class Page:
             raise gr.Error(str(error), print_exception=False) from None
 
     def _wanted(
-        self, prompt: str, how: str, example: Example | None, model: str, depth: float, test: str, threshold: str
+        self, prompt: str, as_message: bool, model: str, depth: float, test: str, threshold: str
     ) -> tuple[Served, DepthPolicy, list[int]]:
         """Who answers, how deep, and what is asked, in ids."""
         served = next(each for each in self.models if each.name == model)
@@ -220,7 +221,6 @@ class Page:
             raise Refusal(f"the prompt has {len(prompt)} characters, but {MOST_CHARACTERS} are allowed; shorten it")
         if not prompt.strip():
             raise Refusal("the prompt is empty; type something, or take a problem")
-        as_message = how == REPLY and example is None
         ids = served.render([{"role": "user", "content": prompt}]) if as_message else served.encode(prompt)
         return served, policy_of(served, depth, test, threshold or ""), ids
 
