@@ -6,7 +6,7 @@ from typing import Any
 from redepth.errors import RedepthError
 from redepth.modeling.cache_rules import parse_cache_rule
 from redepth.modeling.fields import LRU_LAYER, RecurrentDepthFields
-from redepth.modeling.kinds import Kind
+from redepth.modeling.published_kinds import Kind
 from redepth.modeling.quantization import METHOD, DepthQuantization
 
 from .cost import count_parameters

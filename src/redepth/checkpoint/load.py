@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 from redepth.errors import RedepthError, first_line, one_line
 from redepth.griffin import RecurrentGemmaForCausalLM
 from redepth.modeling import RecurrentDepthConfig, RecurrentDepthForCausalLM
-from redepth.modeling.kinds import Kind
 from redepth.modeling.published import BUILT_IN_TEXT, check_better_than_chance, complete_config
+from redepth.modeling.published_kinds import Kind
 from redepth.modeling.quantizer import DepthQuantizationConfig
 from redepth.runtime import choose_device, parse_dtype
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from redepth.errors import RedepthError, first_line
 from redepth.modeling.fields import RecurrentDepthFields
-from redepth.modeling.kinds import Kind, fill_in, find_kind
+from redepth.modeling.published_kinds import Kind, fill_in, find_kind
 
 from .folder import (
     CONFIG_FILE,

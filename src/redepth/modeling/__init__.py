@@ -35,7 +35,7 @@ _MODULES = {
 
 
 # What needs neither torch nor transformers: enough to look at a checkpoint.
-PLAIN = ("cache_rules", "config_checks", "errors", "fields", "kinds", "quantization")
+PLAIN = ("cache_rules", "config_checks", "errors", "fields", "published_kinds", "quantization")
 
 
 class _AutoClassesFirst(MetaPathFinder):

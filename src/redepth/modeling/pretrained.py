@@ -11,9 +11,9 @@ from transformers.modeling_utils import PreTrainedModel
 from .blocks import Attention
 from .configuration import RecurrentDepthConfig
 from .elementwise import RMSNorm
-from .kinds import Kind
 from .lru_mixer import GATE_VARIANCE, RGLRU
 from .published import complete_config
+from .published_kinds import Kind
 from .quantizer import DepthQuantizationConfig
 from .state import StateGate, gate_start
 

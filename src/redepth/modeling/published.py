@@ -11,7 +11,7 @@ from transformers.utils.hub import cached_file
 
 from .configuration import RecurrentDepthConfig
 from .errors import UserError
-from .kinds import INFERRED, Kind, fill_in, find_kind
+from .published_kinds import INFERRED, Kind, fill_in, find_kind
 
 logger = logging.get_logger(__name__)
 
