@@ -21,7 +21,8 @@ from pages import replace_table
 from redepth.checkpoint.cost import count_parameters, training_flops_per_token
 from redepth.checkpoint.folder import write_json
 from redepth.data.tasks import ArrayTask, open_task
-from redepth.evaluation.tasks import compact_batches, task_accuracy
+from redepth.evaluation.problems import compact_batches
+from redepth.evaluation.tasks import task_accuracy
 from redepth.healing.from_scratch import TaskTraining, save_task_model, task_config, train_on_task
 
 TASKS = {

@@ -16,7 +16,8 @@ import torch
 
 import redepth
 from redepth.evaluation.answers import Answers
-from redepth.evaluation.asking import flat, quiet, set_examples
+from redepth.evaluation.asking import flat, set_examples
+from redepth.evaluation.quiet import quiet
 from redepth.evaluation.stock_tasks import load_tasks
 from redepth.modeling import DepthPolicy
 

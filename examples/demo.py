@@ -25,7 +25,8 @@ from redepth.checkpoint.folder import read_recipe, write_json
 from redepth.cli.console import hush_libraries
 from redepth.data.tasks import ArrayTask, open_task
 from redepth.evaluation.plots import plot_accuracy_by_depth, plot_loss_by_depth
-from redepth.evaluation.tasks import TaskAccuracy, compact_batches, task_accuracy
+from redepth.evaluation.problems import compact_batches
+from redepth.evaluation.tasks import TaskAccuracy, task_accuracy
 from redepth.healing.from_scratch import TaskTraining, require_array_task, save_task_model, task_config, train_on_task
 
 FOLDER = Path("demo")

@@ -19,6 +19,7 @@ from redepth.analysis import plots
 from redepth.analysis.analyze import analyze
 from redepth.analysis.measure import measure_course, stretch_by_step
 from redepth.analysis.summary import ATTENTION_COLUMNS, STEP_COLUMNS, TOKEN_COLUMNS, verdict
+from redepth.analysis.texts import Text, next_tokens
 from tests.test_healing import byte_tokenizer
 
 R = 8
@@ -148,7 +149,7 @@ def test_a_model_that_is_at_rest_is_seen_as_such(checkpoint: Path) -> None:
     model = redepth.load(checkpoint)
     with torch.no_grad():
         model.transformer.adapter.weight[:, : model.config.n_embd] = 0  # the state is never read
-    course = measure_course(model, [5, 6, 7, 8], list("abcd"), R)
+    course = measure_course(model, Text([5, 6, 7, 8], list("abcd"), next_tokens([5, 6, 7, 8])), R)
     assert (course.endings.names == "fixed point").all()
     assert (course.settled <= 1).all()
     assert (course.predictions.final_from == 1).all()

@@ -2,9 +2,6 @@
 
 import json
 import math
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,62 +9,23 @@ import torch
 from typer.testing import CliRunner
 
 import redepth
-from redepth import RedepthError
 from redepth.cli import app
-from redepth.evaluation.across_depths import Settings, evaluate_across_depths
-from redepth.evaluation.answers import Answer, Answers
-from redepth.evaluation.presets import PRESETS, TaskList, narrowed
 from redepth.evaluation.scores import paired
-from redepth.evaluation.texts import TextSpec
+from tests.evaluated import make_models, write_rows
 from tests.test_healing import byte_tokenizer
 
 pytest.importorskip("lm_eval")
 DEPTHS = (1, 2, 5)
-QUESTIONS = ["what is red", "is ice hot", "who eats", "where is up", "why"]
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> Path:
-    """Rows of four tasks in their hub schemas."""
-    folder = tmp_path_factory.mktemp("rows")
-    contents = {
-        "arc_easy": [
-            {
-                "question": q,
-                "choices": {"text": [q[-3:], "no", "yes it is"], "label": ["A", "B", "C"]},
-                "answerKey": "ABC"[i % 3],
-            }
-            for i, q in enumerate(QUESTIONS)
-        ],
-        "sciq": [
-            {
-                "support": "",
-                "question": q,
-                "distractor1": "a",
-                "distractor2": "bc",
-                "distractor3": "d",
-                "correct_answer": q[:4],
-            }
-            for q in QUESTIONS
-        ],
-        "lambada_openai": [{"text": f"over the {q} end{i}"} for i, q in enumerate(QUESTIONS)],
-        "gsm8k": [{"question": q, "answer": f"so\n#### {i}"} for i, q in enumerate(QUESTIONS)],
-    }
-    for name, content in contents.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
-    return folder
+    return write_rows(tmp_path_factory.mktemp("rows"))
 
 
 @pytest.fixture(scope="module")
 def models(zoo, tmp_path_factory) -> Path:
-    """A source, and a recurrent checkpoint made of it, which read 512 tokens."""
-    root = tmp_path_factory.mktemp("models")
-    shutil.copytree(zoo["qwen3"], root / "source")
-    byte_tokenizer().save_pretrained(root / "source")
-    config = json.loads((root / "source" / "config.json").read_text())
-    (root / "source" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
-    redepth.convert(root / "source", root / "recurrent", core="2:4", adapter="blend:0.5", state="embed")
-    return root
+    return make_models(zoo, tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
@@ -233,33 +191,6 @@ def test_a_killed_run_asks_nothing_twice(found, models, rows, tmp_path, monkeypa
     assert [score.tokens_per_answer for score in resumed.scores] == [score.tokens_per_answer for score in whole.scores]
 
 
-def test_texts_are_those_of_generate(models, rows, tmp_path) -> None:
-    short = {"gsm8k": {"generation_kwargs": {"until": ["Question:"], "do_sample": False, "max_gen_toks": 9}}}
-    asked = TaskList(("gsm8k",), num_fewshot=0, changes=short)
-    settings = Settings((1, 3), limit=3, data_dir=rows, batch_size=1)
-    found = evaluate_across_depths(str(models / "recurrent"), [asked], [], settings, tmp_path / "out")
-    model, tokenizer = redepth.load(models / "recurrent"), byte_tokenizer()
-    content = [json.loads(line) for line in (rows / "gsm8k.jsonl").read_text().splitlines()][:3]
-    for steps in (1, 3):
-        tokens, texts = 0, []
-        for row in content:
-            ids = tokenizer(f"Question: {row['question']}\nAnswer:", return_tensors="pt")["input_ids"]
-            made = model.generate(ids, num_steps=steps, max_new_tokens=9, do_sample=False)
-            tokens += made.shape[1] - 1
-            texts.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).partition("Question:")[0])
-        score = next(score for score in found.scores if score.depth == f"r={steps}")
-        assert score.tokens_per_answer == tokens / 3
-        answers = said_by(found.out / "answers.sqlite")
-        assert set(texts) <= answers
-        assert score.mean_steps == steps and score.metric == "exact_match"
-
-
-def said_by(file: Path) -> set[str]:
-    import sqlite3
-
-    return {json.loads(said) for (said,) in sqlite3.connect(file).execute("SELECT said FROM answers")}
-
-
 def test_the_command(models, rows, tmp_path) -> None:
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "over and over and over and over"}\n' * 8)
@@ -279,135 +210,3 @@ def test_the_command(models, rows, tmp_path) -> None:
             assert whole[depth] == pytest.approx(loss, rel=1e-4)
     shown = CliRunner().invoke(app, words)
     assert "arc_easy, 2 documents" in shown.output and "nats/token" in shown.output
-
-
-def test_registered_with_lm_eval() -> None:
-    import lm_eval.models  # noqa: F401
-    from lm_eval.api.registry import get_model
-
-    from redepth.evaluation.harness import RedepthLM
-
-    assert get_model("redepth") is RedepthLM
-    with pytest.raises(RedepthError, match="no loop|without a loop"):
-        RedepthLM(tiny_llama(), tokenizer=byte_tokenizer(), num_steps=2)
-
-
-def test_drafts_are_not_for_lm_eval(models) -> None:
-    from redepth.evaluation.harness import RedepthLM
-
-    with pytest.raises(RedepthError, match="draft_steps"):
-        RedepthLM(redepth.load(models / "recurrent"), tokenizer=byte_tokenizer(), num_steps=3, draft_steps=1)
-
-
-def tiny_llama():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(
-        LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=101)
-    )
-
-
-@pytest.mark.slow
-def test_plain_lm_eval_command(models, rows, tmp_path) -> None:
-    task = tmp_path / "mine.yaml"
-    task.write_text(
-        "task: mine\ndataset_path: json\noutput_type: multiple_choice\nvalidation_split: validation\n"
-        f"dataset_kwargs: {{data_files: {{validation: {rows / 'sciq.jsonl'}}}}}\ndoc_to_text: '{{{{question}}}}'\n"
-        "doc_to_target: 1\ndoc_to_choice: ['{{distractor1}}', '{{correct_answer}}']\nmetric_list: [{metric: acc}]\n"
-    )
-    words = [
-        "run",
-        "--model",
-        "redepth",
-        "--model_args",
-        f"pretrained={models / 'recurrent'},num_steps=3",
-        "--device",
-        "cpu",
-    ]
-    words += ["--tasks", str(task), "--batch_size", "2"]
-    done = subprocess.run([sys.executable, "-m", "redepth.evaluation", *words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "mine" in done.stdout and "acc" in done.stdout
-
-
-def test_presets_name_tasks_that_lm_eval_has() -> None:
-    from redepth.evaluation.stock_tasks import check_known, is_group
-
-    names = [name for preset in PRESETS.values() for one in preset.lists for name in one.tasks]
-    check_known(names)
-    assert is_group("mmlu") and is_group("minerva_math") and not is_group("gsm8k_cot")
-    math_only = narrowed(PRESETS["retrofit"].lists, ["gsm8k_cot"])
-    assert len(math_only) == 1 and math_only[0].tasks == ("gsm8k_cot",) and math_only[0].max_length == 1024
-    with pytest.raises(RedepthError, match="not in the preset"):
-        narrowed(PRESETS["huginn"].lists, ["boolq"])
-
-
-def test_tasks_are_found_by_name(rows) -> None:
-    from redepth.evaluation.stock_tasks import check_known, folders_of, load_tasks, local_file
-
-    with pytest.raises(RedepthError, match="did you mean 'arc_easy'"):
-        check_known(["arc_eazy"])
-    assert local_file("gsm8k_cot", rows).name == "gsm8k.jsonl"
-    with pytest.raises(RedepthError, match=r"piqa\.jsonl"):
-        local_file("piqa", rows)
-    assert [Path(folder).name for folder in folders_of("mmlu")] == ["default"]
-    assert {Path(folder).name for folder in folders_of("minerva_math")} >= {"minerva_math"}
-    (task,) = load_tasks(["gsm8k_cot"], rows, PRESETS["retrofit"].lists[1].changes)
-    assert task.doc_to_text({"question": "why"}) == "Q: why\nA: Let's think step by step."
-    (task,) = load_tasks(["gsm8k_cot"], rows)
-    task.set_config(key="num_fewshot", value=1)
-    task.build_all_requests(limit=1)
-    assert "15 trees" in task.instances[0].args[0]  # the task's own example, not a row of the file
-
-
-def test_a_preset_asks_in_a_chat(models, rows, tmp_path) -> None:
-    with pytest.raises(RedepthError, match="chat template"):
-        redepth.evaluate(
-            models / "recurrent", ["gsm8k_cot"], preset="huginn", data_dir=rows, num_steps=(1,), dtype="float32",
-            out=tmp_path / "out",
-        )  # fmt: skip
-    assert not (tmp_path / "out").exists()
-
-
-def test_prompts_that_do_not_fit_are_refused(models, rows, tmp_path) -> None:
-    with pytest.raises(RedepthError, match=r"task 'gsm8k_cot', document 0: \d+ tokens, 256 of them for the answer"):
-        redepth.evaluate(models / "recurrent", ["gsm8k_cot"], data_dir=rows, num_steps=(1,), out=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_answers_outlive_their_table(tmp_path) -> None:
-    file = tmp_path / "answers.sqlite"
-    first = Answers(file)
-    first.keep([("a", Answer((-1.25, True), 7, 2.5)), ("b", Answer("words", 3, 0.0))])
-    first.close()
-    again = Answers(file)
-    assert again.get("a") == Answer((-1.25, True), 7, 2.5) and again.find("b") == Answer("words", 3, 0.0)
-    assert again.find("c") is None
-    with pytest.raises(KeyError):
-        again.get("c")
-    (tmp_path / "other").write_text("no database, but a text that is long enough to be seen as one" * 20)
-    with pytest.raises(RedepthError, match="no table of answers"):
-        Answers(tmp_path / "other")
-
-
-@pytest.mark.parametrize(
-    ("spec", "said"),
-    [
-        ("text:a.txt?rowz=2", "rowz"),
-        ("text:a.txt?rows=0", "rows must be at least 1"),
-        ("text:a.txt?length=x", "length"),
-    ],
-)
-def test_mistakes_in_a_text_spec(spec: str, said: str) -> None:
-    with pytest.raises(RedepthError, match=said):
-        TextSpec.parse(spec)
-
-
-def test_rows_by_source(tmp_path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    texts, sources = ["over and over"] * 6 + ["no"], ["a"] * 3 + ["b"] * 3 + ["short"]
-    pq.write_table(pa.table({"text": texts, "source": sources}), tmp_path / "texts.parquet")
-    rows = TextSpec.parse(f"text:{tmp_path / 'texts.parquet'}?rows=2&length=8").rows_by_source(byte_tokenizer())
-    assert {name: tuple(ids.shape) for name, ids in rows.items()} == {"a": (2, 8), "b": (2, 8)}

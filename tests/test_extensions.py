@@ -232,7 +232,7 @@ def test_evaluation_takes_a_path(zoo, tmp_path: Path) -> None:
     save_task_model(model, task, training, record, tmp_path / "roots")
     path = "strangers:largest_change"
     words = ["eval", str(tmp_path / "roots"), "--num-steps", "1,3", "--limit", "2", "--criterion", path, "--json"]
-    done = CliRunner().invoke(app, words)
+    done = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["tasks_by_difficulty"][0]["exits"]["criterion"] == path
     with pytest.raises(UserError, match="missing"):

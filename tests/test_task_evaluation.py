@@ -13,15 +13,8 @@ from redepth import RecurrentDepthForCausalLM, RedepthError
 from redepth.cli import app
 from redepth.data.tasks import open_task
 from redepth.evaluation.plots import plot_accuracy_by_depth
-from redepth.evaluation.tasks import (
-    compact_batches,
-    evaluate_task,
-    rank_correlation,
-    recorded_task,
-    standard_error,
-    task_accuracy,
-    text_batches,
-)
+from redepth.evaluation.problems import compact_batches, recorded_task, text_batches
+from redepth.evaluation.tasks import evaluate_task, rank_correlation, standard_error, task_accuracy
 from redepth.healing.from_scratch import TaskTraining, save_task_model, task_config, train_on_task
 
 SPEC = "task:roots?depth=0-2&nodes=7"
@@ -184,10 +177,10 @@ def test_the_command(trained, tmp_path):
     run = CliRunner().invoke(app, words)
     assert run.exit_code == 0, run.output
     assert "more difficult than anything trained" in run.output and "Spearman" in run.output
-    (written,) = json.loads((tmp_path / "tasks.json").read_text())
+    (written,) = json.loads((tmp_path / "results.json").read_text())["tasks_by_difficulty"]
     assert written["task"] == SPEC and len(written["exits"]["mean_steps"]) == 5
-    assert [file.suffix for file in tmp_path.glob("roots*")] == [".png"]
-    as_json = CliRunner().invoke(app, [*words[:6], "--json"])
+    assert {file.suffix for file in tmp_path.glob("roots*")} == {".png", ".svg"}
+    as_json = CliRunner().invoke(app, [*words, "--json"])
     assert json.loads(as_json.stdout)["tasks_by_difficulty"][0]["accuracy"] == written["accuracy"]
 
 

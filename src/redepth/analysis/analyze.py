@@ -10,13 +10,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-from transformers import AutoModelForCausalLM
 
 from redepth.checkpoint.folder import CheckpointFolder, write_json
-from redepth.checkpoint.load import is_recurrent, load, load_tokenizer, read_config
-from redepth.data.rows import held_out_text
-from redepth.errors import RedepthError, first_line
-from redepth.evaluation.held_out import next_token_loss
+from redepth.checkpoint.load import load, load_tokenizer, read_config
+from redepth.data.tasks import is_task
+from redepth.errors import RedepthError
+from redepth.evaluation.models import Entrant, open_model, open_tokenizer, rival
+from redepth.evaluation.problems import AskedTask, recorded_task
 from redepth.modeling import RecurrentDepthForCausalLM
 
 from .contraction import Stretch
@@ -24,6 +24,8 @@ from .measure import Course, check_depth, measure_course, stretch_by_step
 from .plots import require_matplotlib
 from .report import write_report
 from .summary import make_tables, summarise, verdict
+from .texts import Text, held_out, loss_and_right, problems
+from .texts import prompts as prompt_texts
 
 # Steps at which the Jacobian is looked at, as far as the run goes.
 STRETCHED_STEPS = (1, 2, 4, 8, 16, 32, 64)
@@ -38,8 +40,8 @@ class Analysis:
 
     Attributes:
         name: as the user wrote it.
-        courses: by text; empty for a model without a loop.
-        figures: see `summary.summarise`; of a model without a loop `loss` alone, one value.
+        courses: by text; empty for a model without a loop, or at a single depth.
+        figures: see `summary.summarise`; without courses only `loss` and, of a task, `right`, one value each.
         verdict: in words.
     """
 
@@ -49,56 +51,55 @@ class Analysis:
     verdict: str
 
 
-def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each prompt.
-
-    Raises:
-        RedepthError: for a prompt of fewer than two tokens.
-    """
-    texts = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    for prompt, ids in zip(prompts, texts, strict=True):
-        if len(ids) < 2:
-            raise RedepthError(
-                f"prompt {prompt!r} has {len(ids)} tokens; give at least 2, so that one can be predicted"
-            )
-    return texts
-
-
 def analyze_model(
     name: str,
     model: RecurrentDepthForCausalLM,
-    texts: Sequence[Sequence[int]],
-    tokenizer: Any,
+    texts: Sequence[Text],
     num_steps: int,
     on_part: OnPart | None = None,
 ) -> Analysis:
     """Every text through one model; contraction is looked at on the first."""
     courses = []
-    for done, ids in enumerate(texts):
-        courses.append(measure_course(model, ids, [tokenizer.decode([token]) for token in ids], num_steps))
+    for done, text in enumerate(texts):
+        courses.append(measure_course(model, text, num_steps))
         if on_part is not None:
             on_part(name, (done + 1) / (len(texts) + 1))
     stretches: dict[int, Stretch] = {}
     if not model.config.has_lru:  # whose scan has no forward-mode derivative
         steps = [step for step in STRETCHED_STEPS if step <= num_steps]
-        stretches = stretch_by_step(model, texts[0], num_steps, steps)
+        stretches = stretch_by_step(model, texts[0].ids, num_steps, steps)
     if on_part is not None:
         on_part(name, 1.0)
     figures = summarise(courses, stretches, num_steps)
     return Analysis(name, courses, figures, verdict(figures))
 
 
-def _static_analysis(name: str, texts: Sequence[Sequence[int]], dtype: Any, device: str) -> Analysis:
-    """A model without a loop: its loss, to hold the others' against."""
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
-        model = model.to(device).eval()
-    except (OSError, ValueError, KeyError) as error:
-        raise RedepthError(f"checkpoint {name!r} can't be read: {first_line(error)}") from None
-    with torch.no_grad():
-        total = sum(next_token_loss(model, torch.tensor([ids])) * (len(ids) - 1) for ids in texts)
-    loss = total / sum(len(ids) - 1 for ids in texts)
-    return Analysis(name, [], {"loss": [round(loss, 5)]}, f"No loop; the loss is {loss:.3f} nats.")
+@torch.no_grad()
+def _at_one_depth(one: Entrant, model: Any, texts: Sequence[Text]) -> Analysis:
+    """A model without a loop, or at a single depth: its loss and right answers, to hold the others' against."""
+    policy = one.columns[0].policy
+    depth = {} if policy is None else {"policy": policy}
+    loss, right, known = 0.0, 0, 0
+    for text in texts:
+        logits = model(torch.tensor([text.ids], device=model.device), use_cache=False, **depth).logits[0]
+        added = loss_and_right(logits, text)
+        loss, right, known = loss + added[0], right + added[1], known + added[2]
+    figures: dict[str, Any] = {"loss": [round(loss / known, 5)]}
+    said = f"{'No loop' if policy is None else f'Run at r = {policy.num_steps} alone'}; "
+    if texts[0].difficulty is None:
+        return Analysis(one.name, [], figures, f"{said}the loss is {loss / known:.3f} nats.")
+    figures |= {"answers": known, "right": [round(right / known, 4)]}
+    return Analysis(one.name, [], figures, f"{said}of {known} answers {right / known:.0%} are right.")
+
+
+def _texts(
+    checkpoint: str | Path, tokenizer: Any, given: Sequence[str], data: str | None, column: str, rows: int, length: int
+) -> list[Text]:
+    if data is None:
+        return prompt_texts(tokenizer, given)
+    if not is_task(data):
+        return held_out(tokenizer, data, column, length, rows)
+    return problems(AskedTask.of(checkpoint, data), tokenizer, read_config(checkpoint)[0].vocab_size, rows)
 
 
 def analyze(
@@ -124,10 +125,12 @@ def analyze(
     Args:
         checkpoint: folder or hub id.
         prompts: texts; or `data`, held-out text as `redepth calibrate` takes it, of which `rows` rows of
-            `sequence_length` tokens of column `text_column` are read.
+            `sequence_length` tokens of column `text_column` are read, or a `task:` spec, of which `rows` held-out problems
+            are. A small model's own task by default.
         out: folder to write; the checkpoint's name with `-analysis` by default, where the command runs.
         num_steps: how deep to go, at least 7.
-        compare: another checkpoint for the same texts, recurrent or not, with the same tokens.
+        compare: another model for the same texts, with the same tokens: a recurrent checkpoint, one at another depth as
+            `FOLDER:R`, or a model without a loop. Of the last two only loss and right answers are told.
         on_part: called with (checkpoint, share done).
 
     Returns:
@@ -137,6 +140,8 @@ def analyze(
         RedepthError: for neither or both kinds of texts, no tokenizer, a text that is too long, too few steps; before
             any compute.
     """
+    if not prompts and data is None:
+        data = recorded_task(checkpoint)
     if bool(prompts) == (data is not None):
         raise RedepthError("give either prompts or data to look at")
     if rows < 1 or sequence_length < 2:
@@ -144,15 +149,12 @@ def analyze(
     check_depth(num_steps)
     require_matplotlib()
     config, _ = read_config(checkpoint)
-    with_loop = compare is not None and is_recurrent(compare)
     tokenizer = load_tokenizer(checkpoint)
-    if compare is not None and load_tokenizer(compare).get_vocab() != tokenizer.get_vocab():
-        raise RedepthError(f"{str(compare)!r} has other tokens than {str(checkpoint)!r}; their steps can't be compared")
-    if data is None:
-        texts = encode_prompts(tokenizer, prompts)
-    else:
-        texts = held_out_text(tokenizer, data, text_column, sequence_length, rows).tolist()
-    longest = max(len(ids) for ids in texts)
+    other = rival(str(compare), [num_steps]) if compare is not None else None
+    if other is not None and open_tokenizer(other).get_vocab() != tokenizer.get_vocab():
+        raise RedepthError(f"{other.name!r} has other tokens than {str(checkpoint)!r}; their steps can't be compared")
+    texts = _texts(checkpoint, tokenizer, prompts, data, text_column, rows, sequence_length)
+    longest = max(len(text.ids) for text in texts)
     if longest > config.block_size:
         raise RedepthError(f"a text of {longest} tokens is more than the {config.block_size} this model allows")
     folder = Path(out) if out is not None else Path(f"{Path(checkpoint).name}-analysis")
@@ -160,20 +162,23 @@ def analyze(
     place.check_replaceable(overwrite)
 
     model: Any = load(checkpoint, dtype, device)
-    found = [analyze_model(str(checkpoint), model, texts, tokenizer, num_steps, on_part)]
-    precision = str(model.dtype).removeprefix("torch.")
+    found = [analyze_model(str(checkpoint), model, texts, num_steps, on_part)]
+    precision = model.dtype
     del model
-    if with_loop:
-        other: Any = load(str(compare), dtype, device)
-        found.append(analyze_model(str(compare), other, texts, tokenizer, num_steps, on_part))
-    elif compare is not None:
-        found.append(_static_analysis(str(compare), texts, dtype, device))
+    if other is not None:
+        held: Any = open_model(other, precision, device)
+        # A depth that was named is the one to look at; from seven steps on there is a course to see.
+        if other.num_steps() == [num_steps]:
+            found.append(analyze_model(other.name, held, texts, num_steps, on_part))
+        else:
+            found.append(_at_one_depth(other, held, texts))
+        del held
     with place.replacing(overwrite) as beside:
         made_by = {
             "redepth": version("redepth"),
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "dtype": precision,
+            "dtype": str(precision).removeprefix("torch."),
             "device": device,
             "texts": data if data is not None else "prompts",
         }

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from redepth.errors import RedepthError
 from redepth.evaluation.calibrate import exit_steps
 from redepth.modeling import RecurrentDepthForCausalLM
-from redepth.modeling.configuration import LRU_LAYER
 from redepth.modeling.exits import EXIT_TESTS
+from redepth.modeling.fields import LRU_LAYER
 from redepth.modeling.state import position_noise
 
 from .contraction import Stretch, largest_stretch
@@ -32,6 +32,7 @@ from .dynamics import (
     spread_over_starts,
 )
 from .record import record
+from .texts import NOTHING, Text
 from .watch import ATTENTION_MAP, STATE, WITH_A_MAP
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -54,7 +55,7 @@ class Predictions:
         probability: `[T, R, TOP]`, theirs.
         entropy: `[T, R]`, in nats.
         kl_to_last: `[T, R]`, KL(p_R ‖ p_i) in nats.
-        loss: `[T, R]`, −log p of the token that follows in the text; NaN for the last.
+        loss: `[T, R]`, −log p of the token that should follow, in nats; NaN where none should.
         exits: by exit test, `[T]`, the step after which its default threshold lets the token go.
     """
 
@@ -83,7 +84,7 @@ class Course:
     """What the loop made of one text.
 
     Attributes:
-        ids, tokens: `[T]`, the text.
+        text: what was run.
         to_last, to_next: `[T, R + 1]` and `[T, R]`, see `dynamics`.
         settled: `[T]`, see `dynamics.settling_step`.
         endings: of each token.
@@ -95,8 +96,7 @@ class Course:
         attention_layers: their numbers in the whole stack.
     """
 
-    ids: Integers
-    tokens: list[str]
+    text: Text
     to_last: Floats
     to_next: Floats
     settled: Integers
@@ -108,6 +108,21 @@ class Course:
     attention: Floats
     attention_layers: list[int]
 
+    @property
+    def targets(self) -> Integers:
+        """`[T]`, the tokens that should be foretold; `NOTHING` where none."""
+        return np.asarray(self.text.targets)
+
+    @property
+    def judged(self) -> npt.NDArray[np.bool_]:
+        """`[T]`, the tokens whose predictions count: where a task's answers are foretold, or all of a text."""
+        return np.ones(len(self.text.ids), dtype=bool) if self.text.difficulty is None else self.targets != NOTHING
+
+    @property
+    def right(self) -> npt.NDArray[np.bool_]:
+        """`[T, R]`, where the likeliest token is the one that should be foretold."""
+        return self.predictions.top[..., 0] == self.targets[:, None]
+
 
 def check_depth(num_steps: int) -> None:
     """Raises RedepthError for fewer steps than an ending can be told from."""
@@ -118,24 +133,19 @@ def check_depth(num_steps: int) -> None:
 
 
 @torch.no_grad()
-def measure_course(
-    model: RecurrentDepthForCausalLM, ids: Sequence[int], tokens: Sequence[str], num_steps: int
-) -> Course:
-    """Run one text `num_steps` deep and look at it from every side.
-
-    Args:
-        ids: `[T]`, at least 2.
-        tokens: their text.
+def measure_course(model: RecurrentDepthForCausalLM, text: Text, num_steps: int) -> Course:
+    """Run one text of at least 2 tokens `num_steps` deep and look at it from every side.
 
     Raises:
         RedepthError: for too few tokens or steps, and more tokens than the model allows.
     """
     check_depth(num_steps)
+    ids = text.ids
     if len(ids) < 2:
         raise RedepthError(f"a text of {len(ids)} tokens predicts nothing; give at least 2")
     if len(ids) > model.config.block_size:
         raise RedepthError(f"a text of {len(ids)} tokens is more than the {model.config.block_size} this model allows")
-    row = torch.tensor([list(ids)], device=model.device)
+    row = torch.tensor([ids], device=model.device)
     layers = attention_layers(model)
     parts = (STATE, ATTENTION_MAP) if layers else (STATE,)
     with record(model, parts=parts) as seen:
@@ -148,15 +158,14 @@ def measure_course(
     del seen
     plane, share = principal_components(states, 2, per_token=True)
     return Course(
-        ids=np.asarray(ids, dtype=np.int64),
-        tokens=list(tokens),
+        text=text,
         to_last=distance_to_last(states),
         to_next=distance_to_next(states),
         settled=settling_step(states),
         endings=classify_endings(states),
         plane=plane,
         plane_share=share.sum(1),
-        predictions=predictions_by_step(model, row, states),
+        predictions=predictions_by_step(model, row, states, torch.tensor(text.targets)),
         spread=spread_over_starts(torch.stack(list(runs_from_starts(model, row, num_steps)))),
         attention=np.asarray(last_reads).reshape(len(layers), num_steps, len(ids)),
         attention_layers=layers,
@@ -174,12 +183,15 @@ def attention_layers(model: RecurrentDepthForCausalLM) -> list[int]:
 
 
 @torch.no_grad()
-def predictions_by_step(model: RecurrentDepthForCausalLM, row: torch.Tensor, states: torch.Tensor) -> Predictions:
+def predictions_by_step(
+    model: RecurrentDepthForCausalLM, row: torch.Tensor, states: torch.Tensor, targets: torch.Tensor
+) -> Predictions:
     """Leave the loop through coda and head after every step.
 
     Args:
         row: ids `[1, T]`.
         states: `[T, R + 1, D]`, the initial state first.
+        targets: `[T]`, what should be foretold, or `NOTHING`.
     """
     stack = model.transformer
     context = stack.context(stack.embed(row))
@@ -189,7 +201,8 @@ def predictions_by_step(model: RecurrentDepthForCausalLM, row: torch.Tensor, sta
 
     num_steps = states.shape[1] - 1
     last = F.log_softmax(read(num_steps), dim=-1)
-    following = row[0, 1:]
+    targets = targets.to(row.device)
+    expected = targets != NOTHING
     kept: dict[str, list[torch.Tensor]] = {"top": [], "probability": [], "entropy": [], "kl": [], "loss": []}
     courses: dict[str, list[torch.Tensor]] = {name: [] for name in EXIT_TESTS}
     old = None
@@ -201,8 +214,8 @@ def predictions_by_step(model: RecurrentDepthForCausalLM, row: torch.Tensor, sta
         kept["probability"].append(best.values.exp())
         kept["entropy"].append(-(log_p.exp() * log_p).sum(-1))
         kept["kl"].append((last.exp() * (last - log_p)).sum(-1).clamp(min=0))
-        loss = -log_p[:-1].gather(1, following[:, None])[:, 0]
-        kept["loss"].append(F.pad(loss, (0, 1), value=float("nan")))
+        loss = -log_p.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+        kept["loss"].append(loss.masked_fill(~expected, float("nan")))
         if old is not None:
             for name, test in EXIT_TESTS.items():
                 pair = (logits, old) if test.of_logits else (states[:, step].float(), states[:, step - 1].float())

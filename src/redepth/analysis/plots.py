@@ -256,8 +256,10 @@ def plot_by_step(curves: dict[str, dict[str, Any]], first_step: int = 1) -> Any:
     Args:
         curves: by measure (the panel's title), then by checkpoint, values by step.
     """
-    figure, grid = _figure(1 + 3.4 * len(curves), 3.0, 1, len(curves), squeeze=False)
-    for axes, (title, lines) in zip(grid[0], curves.items(), strict=True):
+    columns = 2 if len(curves) == 4 else len(curves)
+    rows = -(-len(curves) // columns)
+    figure, grid = _figure(1 + 3.4 * columns, 0.3 + 2.7 * rows, rows, columns, squeeze=False)
+    for axes, (title, lines) in zip(grid.flat, curves.items(), strict=True):
         for place, (label, values) in enumerate(lines.items()):
             steps = np.arange(first_step, first_step + len(values))
             style = ("-", "--", ":")[place % 3]
@@ -268,7 +270,7 @@ def plot_by_step(curves: dict[str, dict[str, Any]], first_step: int = 1) -> Any:
         axes.set_xlabel("num_steps")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.2)
-    handles, labels = max((axes.get_legend_handles_labels() for axes in grid[0]), key=lambda found: len(found[1]))
+    handles, labels = max((axes.get_legend_handles_labels() for axes in grid.flat), key=lambda found: len(found[1]))
     if len(labels) > 1:
         figure.legend(handles, labels, loc="outside lower left", ncols=len(labels), labelcolor=INK)
     return figure

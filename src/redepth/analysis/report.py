@@ -10,9 +10,13 @@ import numpy as np
 from jinja2 import Environment
 from markupsafe import Markup
 
+from redepth.evaluation.tables import short_names
+
 from . import plots
 from .dynamics import ENDINGS, EndingTests
 from .measure import Course
+from .summary import joined_exits
+from .texts import NOTHING
 
 if TYPE_CHECKING:
     from .analyze import Analysis
@@ -43,22 +47,27 @@ def draw_pictures(found: Sequence["Analysis"], tokenizer: Any) -> list[Picture]:
     looped = [one for one in found if one.courses]
     names = short_names([one.name for one in found])
     course = looped[0].courses[0]
-    cut = f" The first {plots.MOST_TOKENS} tokens." if len(course.tokens) > plots.MOST_TOKENS else ""
-    num_steps = looped[0].figures["num_steps"]
+    cut = f" The first {plots.MOST_TOKENS} tokens." if len(course.text.tokens) > plots.MOST_TOKENS else ""
+    num_steps, asks = looped[0].figures["num_steps"], "right" in looped[0].figures
 
     def curves(figure: str) -> dict[str, Any]:
         lines = {name: one.figures[figure] for name, one in zip(names, found, strict=True) if figure in one.figures}
         return {name: values * num_steps if len(values) == 1 else values for name, values in lines.items()}
 
     predicted = course.predictions
-    last_picks = [tokenizer.decode([int(token)]) for token in predicted.top[:, -1, 0]]
+    judged = course.judged.nonzero()[0]
+    last_picks = [tokenizer.decode([int(token)]) for token in predicted.top[judged, -1, 0]]
     pictures = [
         Picture(
             "by-depth",
-            "Means over all tokens: the loss on what follows in the text, the share of tokens whose likeliest next token is "
-            "the last step's, and the entropy of the prediction.",
+            "Means over all answers: how many are right, the loss on them, the share of predictions that are the last step's, "
+            "and the entropy of the prediction."
+            if asks
+            else "Means over all tokens: the loss on what follows in the text, the share of tokens whose likeliest next "
+            "token is the last step's, and the entropy of the prediction.",
             plots.plot_by_step(
-                {
+                ({"right answers, share": curves("right")} if asks else {})
+                | {
                     "loss, nats": curves("loss"),
                     "same pick as the last step": curves("agreement_with_last"),
                     "entropy, nats": curves("entropy"),
@@ -69,26 +78,32 @@ def draw_pictures(found: Sequence["Analysis"], tokenizer: Any) -> list[Picture]:
             "convergence",
             "Each row is a token. Dark means close: on the left to where the state ends, on the right to the state one step "
             f"on. A row that stays light on the right never comes to rest.{cut}",
-            plots.plot_convergence(course.to_last, course.to_next, course.tokens),
+            plots.plot_convergence(course.to_last, course.to_next, course.text.tokens),
         ),
         Picture(
             "trajectories",
             "Each token's course in its own two principal components, from the ring to the full dot, coloured by what it ends "
             "in; beside the token, how much of its movement the plane shows.",
             plots.plot_trajectories(
-                course.plane, course.endings.names.tolist(), course.tokens, share=course.plane_share
+                course.plane, course.endings.names.tolist(), course.text.tokens, share=course.plane_share
             ),
         ),
         Picture(
             "predictions",
             "What coda and head would say after each step; a dot is where the likeliest next token changes. On the left, the "
-            f"token and what the last step predicts after it.{cut}",
-            plots.plot_predictions(predicted.entropy, predicted.kl_to_last, predicted.flips, last_picks, course.tokens),
+            f"token and what the last step predicts after it.{' Where an answer is asked for.' if asks else cut}",
+            plots.plot_predictions(
+                predicted.entropy[judged],
+                predicted.kl_to_last[judged],
+                predicted.flips[judged],
+                last_picks,
+                [course.text.tokens[place] for place in judged],
+            ),
         ),
         Picture(
             "exits",
             "After which step each exit test, at its default threshold, would let tokens go; dashed, the mean.",
-            plots.plot_exits(_joined_exits(looped[0].courses), num_steps),
+            plots.plot_exits(joined_exits(looped[0].courses), num_steps),
         ),
         Picture(
             "starts",
@@ -108,22 +123,11 @@ def draw_pictures(found: Sequence["Analysis"], tokenizer: Any) -> list[Picture]:
                 "What the text's last token reads at every step, averaged over heads, in the first, middle and last layer of "
                 f"the core.{cut}",
                 plots.plot_attention(
-                    course.attention[shown], course.tokens, [course.attention_layers[place] for place in shown]
+                    course.attention[shown], course.text.tokens, [course.attention_layers[place] for place in shown]
                 ),
             )
         )
     return pictures
-
-
-def _joined_exits(courses: Sequence[Course]) -> dict[str, Any]:
-    names = courses[0].predictions.exits
-    return {name: np.concatenate([course.predictions.exits[name] for course in courses]) for name in names}
-
-
-def short_names(names: Sequence[str]) -> list[str]:
-    """The last part of each path, or the whole where two would be the same."""
-    short = [Path(name).name or name for name in names]
-    return short if len(set(short)) == len(short) else list(names)
 
 
 def _shown_text(course: Course, tokenizer: Any) -> list[dict[str, Any]]:
@@ -135,7 +139,7 @@ def _shown_text(course: Course, tokenizer: Any) -> list[dict[str, Any]]:
 
     predicted = course.predictions
     shown = []
-    for place, token in enumerate(course.tokens[:TOKENS_SHOWN]):
+    for place, token in enumerate(course.text.tokens[:TOKENS_SHOWN]):
         steps = [
             [[word(int(one)), round(float(p), 4)] for one, p in zip(ids, probabilities, strict=True)]
             for ids, probabilities in zip(
@@ -147,6 +151,7 @@ def _shown_text(course: Course, tokenizer: Any) -> list[dict[str, Any]]:
         shown.append(
             {
                 "token": token,
+                "target": word(int(course.targets[place])) if course.targets[place] != NOTHING else None,
                 "ending": str(course.endings.names[place]),
                 "settled": int(course.settled[place]),
                 "final": int(predicted.final_from[place]),
@@ -180,6 +185,7 @@ def write_report(folder: Path, found: Sequence["Analysis"], tokenizer: Any, made
             }
             for picture in pictures
         },
+        asks="right" in found[0].figures,
         texts=[_shown_text(course, tokenizer) for course in found[0].courses[:TEXTS_SHOWN]],
         texts_left=max(len(found[0].courses) - TEXTS_SHOWN, 0),
         tokens_shown=TOKENS_SHOWN,

@@ -9,6 +9,7 @@ import pyarrow as pa
 from .contraction import Stretch
 from .dynamics import ENDINGS, FIXED_POINT, SETTLED
 from .measure import Course
+from .texts import NOTHING
 
 # "Settles after k steps": by then this share of the tokens that settle have.
 MOST = 0.9
@@ -22,6 +23,8 @@ TOKEN_COLUMNS = {
     "place": "the token's place in its text, from 0",
     "token_id": "its id",
     "token": "its text",
+    "target": "id of the token that should be foretold: the next one, or a task's answer; empty where none",
+    "difficulty": "of the answer to a task that is foretold; empty elsewhere",
     "ending": f"what its trajectory ends in: {', '.join(ENDINGS)}",
     "period": "steps of an orbit's round, 0 for other endings",
     "settled_after": f"step from which on the state stays within {SETTLED:.0%} of its last value",
@@ -42,7 +45,7 @@ STEP_COLUMNS = {
     "log10_spread": "log10 of the spread over initial states, relative to the mean state's length",
     "entropy": "of the next-token distribution, in nats; empty at step 0, as what follows",
     "kl_to_last": "KL(p_R ‖ p_i) in nats",
-    "loss": "−log p of the token that follows in the text, in nats; empty for a text's last token",
+    "loss": "−log p of the token that should be foretold, in nats; empty where none",
     "top_ids": "ids of the likeliest next tokens, likeliest first",
     "top_probabilities": "their probabilities",
 }
@@ -81,8 +84,10 @@ def make_tables(courses: Sequence[Course]) -> dict[str, pa.Table]:
         added = {
             "text": np.full(count, number),
             "place": np.arange(count),
-            "token_id": course.ids,
-            "token": course.tokens,
+            "token_id": course.text.ids,
+            "token": course.text.tokens,
+            "target": _without_nothing(course.text.targets),
+            "difficulty": _without_nothing(course.text.difficulty or [NOTHING] * count),
             "ending": course.endings.names.tolist(),
             "period": course.endings.period,
             "settled_after": course.settled,
@@ -131,23 +136,42 @@ def make_tables(courses: Sequence[Course]) -> dict[str, pa.Table]:
     return tables
 
 
+def _without_nothing(values: Sequence[int]) -> list[int | None]:
+    return [None if value == NOTHING else value for value in values]
+
+
 def _without_nan(grid: Any) -> list[float | None]:
     return [None if np.isnan(value) else value for value in grid.ravel().tolist()]
 
 
+def joined_exits(courses: Sequence[Course]) -> dict[str, Any]:
+    """By exit test, the step after which it lets each token go whose prediction counts."""
+    names = courses[0].predictions.exits
+    return {
+        name: np.concatenate([course.predictions.exits[name][course.judged] for course in courses]) for name in names
+    }
+
+
 def summarise(courses: Sequence[Course], stretches: dict[int, Stretch], num_steps: int) -> dict[str, Any]:
-    """The figures that the verdict is made of; lists are by number of steps, from 1."""
+    """The figures that the verdict is made of; lists are by number of steps, from 1.
+
+    Those of predictions are of a task's answers where there are some, of all tokens otherwise.
+    """
     endings = np.concatenate([course.endings.names for course in courses])
     settled = np.concatenate([course.settled for course in courses])
-    final_from = np.concatenate([course.predictions.final_from for course in courses])
-    losses = np.concatenate([course.predictions.loss[:-1] for course in courses])
-    picks = np.concatenate([course.predictions.top[..., 0] for course in courses])
+    final_from = np.concatenate([course.predictions.final_from[course.judged] for course in courses])
+    losses = np.concatenate([course.predictions.loss[course.targets != NOTHING] for course in courses])
+    picks = np.concatenate([course.predictions.top[course.judged, :, 0] for course in courses])
     spread = np.concatenate([course.spread for course in courses])
     moved = np.concatenate([course.to_next for course in courses])
     at_rest = settled[endings == FIXED_POINT]
     loss = losses.mean(0)
     lowest = int(next(step for step, value in enumerate(loss, 1) if value <= loss.min() + WORSE))
-    return {
+    answers = {}
+    if courses[0].text.difficulty is not None:
+        right = np.concatenate([course.right[course.judged] for course in courses])
+        answers = {"answers": len(right), "right": [round(float(share), 4) for share in right.mean(0)]}
+    return answers | {
         "texts": len(courses),
         "tokens": len(endings),
         "num_steps": num_steps,
@@ -160,13 +184,10 @@ def summarise(courses: Sequence[Course], stretches: dict[int, Stretch], num_step
         "agreement_with_last": [round(float(value), 4) for value in (picks == picks[:, -1:]).mean(0)],
         "entropy": [
             round(float(value), 5)
-            for value in np.concatenate([course.predictions.entropy for course in courses]).mean(0)
+            for value in np.concatenate([course.predictions.entropy[course.judged] for course in courses]).mean(0)
         ],
         "log10_moved": [round(float(value), 4) for value in np.median(moved, axis=0)],
-        "mean_exit_steps": {
-            name: round(float(np.concatenate([course.predictions.exits[name] for course in courses]).mean()), 2)
-            for name in courses[0].predictions.exits
-        },
+        "mean_exit_steps": {name: round(float(taken.mean()), 2) for name, taken in joined_exits(courses).items()},
         "spread": {
             "first": round(float(10 ** np.median(spread[:, 0])), 6),
             "last": round(float(10 ** np.median(spread[:, -1])), 6),
@@ -180,7 +201,7 @@ def summarise(courses: Sequence[Course], stretches: dict[int, Stretch], num_step
 
 def verdict(figures: dict[str, Any]) -> str:
     """One paragraph, every clause worked out from `summarise`'s figures."""
-    deep, loss = figures["num_steps"], figures["loss"]
+    deep = figures["num_steps"]
     shares = figures["endings"]
     said = []
     if figures["settled_after"] is not None:
@@ -192,24 +213,15 @@ def verdict(figures: dict[str, Any]) -> str:
         said.append(f"No token of {figures['tokens']} settles in a fixed point")
     verbs = {"orbit": "orbit", "slider": "slide on along a line", "drifting": "drift"}
     others = [f"{shares[name]:.0%} {verb}" for name, verb in verbs.items() if shares[name] > 0]
-    text = "; ".join([*said, *others]) + ". "
+    text = _answers_in_words(figures) if "right" in figures else ""
+    text += "; ".join([*said, *others]) + ". "
     last, most = figures["last_change_of_a_prediction"], figures["most_predictions_final_from"]
     if last < deep:
         text += f"Depth beyond {last} changes no prediction"
         text += f", and beyond {most} hardly one in ten. " if most < last else ". "
     else:
         text += f"Predictions still change at the last step, {deep}; {MOST:.0%} are final from step {most} on. "
-    best = figures["best_num_steps"]
-    if best == deep:
-        text += f"The loss falls to the last step: {loss[0]:.3f} nats at r = 1, {loss[-1]:.3f} at {deep}. "
-    elif loss[-1] > loss[best - 1] + WORSE:
-        text += (
-            f"The loss is as low as it gets at r = {best} ({loss[best - 1]:.3f} nats), and {loss[-1]:.3f} at {deep}. "
-        )
-    elif best == 1:
-        text += f"The loss is {loss[0]:.3f} nats at r = 1, and no depth lowers it. "
-    else:
-        text += f"The loss falls from {loss[0]:.3f} nats at r = 1 to {loss[best - 1]:.3f} at {best} and stays there. "
+    text += _loss_in_words(figures) if "right" not in figures else ""
     spread = figures["spread"]["last"]
     if spread < SAME_PLACE:
         text += "Where the state ends does not depend on where it starts"
@@ -218,6 +230,31 @@ def verdict(figures: dict[str, Any]) -> str:
     apart = f"{spread:.2%}" if spread >= 0.0001 else "less than 0.01%"
     text += f" (runs from different initial states are {apart} of the state's length apart at the end)."
     return text
+
+
+def _answers_in_words(figures: dict[str, Any]) -> str:
+    right, deep = figures["right"], figures["num_steps"]
+    best = right.index(max(right)) + 1
+    text = f"Of {figures['answers']} answers {right[0]:.0%} are right at r = 1"
+    if best == 1:
+        return f"{text}, and no depth does better. "
+    text += f", {right[best - 1]:.0%} at r = {best}"
+    if best == deep:
+        return f"{text}. "
+    return f"{text} and {right[-1]:.0%} at {deep}. "
+
+
+def _loss_in_words(figures: dict[str, Any]) -> str:
+    deep, loss, best = figures["num_steps"], figures["loss"], figures["best_num_steps"]
+    if best == deep:
+        return f"The loss falls to the last step: {loss[0]:.3f} nats at r = 1, {loss[-1]:.3f} at {deep}. "
+    if loss[-1] > loss[best - 1] + WORSE:
+        return (
+            f"The loss is as low as it gets at r = {best} ({loss[best - 1]:.3f} nats), and {loss[-1]:.3f} at {deep}. "
+        )
+    if best == 1:
+        return f"The loss is {loss[0]:.3f} nats at r = 1, and no depth lowers it. "
+    return f"The loss falls from {loss[0]:.3f} nats at r = 1 to {loss[best - 1]:.3f} at {best} and stays there. "
 
 
 def _within(steps: int) -> str:

@@ -143,25 +143,22 @@ def evaluate(
         seed: of the problems of `task:`.
         dtype: as saved by default, or the preset's.
         out: folder to write; an evaluation that was killed in it goes on. The checkpoint's name with `-evaluation` by
-            default, but nothing is written for `task:` alone.
+            default.
         on_progress: called with (part, share done).
 
     Raises:
         RedepthError: for a task, a model or a number that does not fit, before any compute.
     """
-    from redepth.data.tasks import open_task
-    from redepth.evaluation.across_depths import DepthEvaluation, Settings, check_out, evaluate_across_depths
+    from redepth.evaluation.across_depths import Settings, evaluate_across_depths
     from redepth.evaluation.presets import TaskList, find_preset, narrowed
-    from redepth.evaluation.tasks import DEPTHS, PROBLEMS, evaluate_task
+    from redepth.evaluation.tasks import DEPTHS
     from redepth.evaluation.texts import PREFIX
-    from redepth.runtime import choose_device, require
+    from redepth.runtime import choose_device
 
     published = find_preset(preset) if preset is not None else None
     depths = tuple(num_steps) if num_steps is not None else published.num_steps if published else DEPTHS
-    where = str(choose_device(device))
-    precision = dtype or (published.dtype if published else "auto")
     texts = [task for task in tasks or () if task.startswith(PREFIX)]
-    by_difficulty: list[str | None] = [task for task in tasks or () if task.startswith("task:")]
+    problems: list[str | None] = [task for task in tasks or () if task.startswith("task:")]
     named = [task for task in tasks or () if not task.startswith((PREFIX, "task:"))]
     if published is None:
         lists = [TaskList(tuple(named), num_fewshot)] if named else []
@@ -170,12 +167,7 @@ def evaluate(
     else:
         lists = narrowed(published.lists, named) if named else list(published.lists)
     if not tasks and published is None:
-        by_difficulty = [None]
-    if out is None and (lists or texts):
-        out = f"{Path(checkpoint).name}-evaluation"
-    if out is not None:
-        require("matplotlib", "plots")
-        check_out(Path(out))
+        problems = [None]
     settings = Settings(
         depths,
         criterion,
@@ -184,31 +176,14 @@ def evaluate(
         batch_size,
         Path(data_dir).expanduser() if data_dir is not None else None,
         tuple(map(str, compare or ())),
-        precision,
-        where,
+        dtype or (published.dtype if published else "auto"),
+        str(choose_device(device)),
         preset,
+        seed,
+        questions,
     )
-    settings.check()
-    if lists or texts:
-        for spec in by_difficulty:  # its mistakes are told before any compute
-            open_task(str(spec))
-        assert out is not None
-        found = evaluate_across_depths(str(checkpoint), lists, texts, settings, Path(out), on_progress)
-    else:
-        found = DepthEvaluation(out=Path(out) if out is not None else None)
-    for spec in by_difficulty:
-        told = shares(on_progress, spec or "evaluate")
-        problems = PROBLEMS if limit is None else limit
-        found.by_difficulty.append(
-            evaluate_task(
-                checkpoint, spec, depths, criterion, exit_threshold, problems, seed, precision, where, told, questions
-            )
-        )
-    if out is not None and found.by_difficulty:
-        from redepth.evaluation.plots import write_evaluations
-
-        write_evaluations(found.by_difficulty, Path(out))
-    return found
+    folder = Path(out) if out is not None else Path(f"{Path(checkpoint).name}-evaluation")
+    return evaluate_across_depths(str(checkpoint), lists, texts, settings, folder, on_progress, problems)
 
 
 def analyze(
@@ -231,10 +206,12 @@ def analyze(
 
     Args:
         checkpoint: folder or hub id.
-        prompts: texts; or `data`, held-out text as for `calibrate`.
+        prompts: texts; or `data`, held-out text as for `calibrate`, or a `task:` spec for `rows` of its held-out problems.
+            The task that a small model was trained on by default.
         out: folder to write; the checkpoint's name with `-analysis` by default.
         num_steps: how deep to go, at least 7.
-        compare: another checkpoint for the same texts, recurrent or not, with the same tokens.
+        compare: another model for the same texts, with the same tokens: a recurrent checkpoint, one at a single depth as
+            `FOLDER:R`, or a model without a loop.
         overwrite: replace a folder that redepth wrote.
         on_progress: called with (checkpoint, share done).
 

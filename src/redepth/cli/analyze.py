@@ -14,10 +14,14 @@ def command(
     checkpoint: Checkpoint,
     prompt: Annotated[list[str] | None, typer.Option(help="A text to look at; repeat the flag for more.")] = None,
     data: Annotated[
-        str | None, typer.Option(help="Held-out text: python-docs, a .txt, .jsonl or .parquet file, or a datasets id.")
+        str | None,
+        typer.Option(
+            help="Held-out text: python-docs, a .txt, .jsonl or .parquet file, or a datasets id; or held-out problems as "
+            "task:NAME?option=value. By default the task that the model was trained on."
+        ),
     ] = None,
     text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
-    rows: Annotated[int, typer.Option(help="Number of rows to take from --data.")] = 4,
+    rows: Annotated[int, typer.Option(help="Number of rows or problems to take from --data.")] = 4,
     sequence_length: Annotated[int, typer.Option(help="Tokens in a row of --data.")] = 128,
     num_steps: Annotated[int, typer.Option(help="Number of steps to look at, at least 7.")] = 32,
     out: Annotated[
@@ -26,7 +30,8 @@ def command(
     compare: Annotated[
         str | None,
         typer.Option(
-            help="Another checkpoint to run on the same texts, such as the one before healing, or the source."
+            help="Another model to run on the same texts: the checkpoint before healing, the source, or a static control as "
+            "FOLDER:1."
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that redepth wrote.")] = False,
@@ -42,6 +47,8 @@ def command(
     Example: redepth analyze ./smollm2-recurrent --prompt "The capital of France is Paris, and that of Italy is"
 
     Example: redepth analyze ./healed --data held-out.jsonl --num-steps 16 --compare ./converted
+
+    Example: redepth analyze demo/looped --compare demo/static:1
     """
     hush_libraries()
     with progress_bar(quiet) as update:

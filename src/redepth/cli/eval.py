@@ -1,6 +1,7 @@
 """redepth eval"""
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,8 @@ from .console import (
     remarks,
     results,
 )
+
+WIDE = 160  # letters in a line of a table where there is no terminal
 
 
 def command(
@@ -70,8 +73,7 @@ def command(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder to write; a killed evaluation in it goes on. The checkpoint's name with -evaluation by default, but "
-            "nothing is written for task: alone."
+            help="Folder to write; a killed evaluation in it goes on. The checkpoint's name with -evaluation by default."
         ),
     ] = None,
     dtype: Annotated[
@@ -87,7 +89,7 @@ def command(
 
     Example: redepth eval ./healed --tasks arc_easy --data-dir ./rows --limit 100 --criterion kl
 
-    Example: redepth eval ./out --tasks 'task:iterate?depth=1-8' --num-steps 1,2,4,8,16
+    Example: redepth eval demo/looped --compare demo/static:1
     """
     hush_libraries()
     os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval draws bars of its own
@@ -115,20 +117,8 @@ def command(
     if as_json:
         print_json(found.as_dict())
         return
-    for one in found.by_difficulty:
-        results.print(accuracy_table(one))
-        if one.exits is not None:
-            ends = one.exits
-            results.print(
-                f"adaptive exit ({ends.criterion}, threshold {ends.threshold}, at most {ends.num_steps} steps): accuracy "
-                f"{100 * ends.overall:.1f} % against {100 * ends.overall_fixed:.1f} % at r = {ends.num_steps}; Spearman of "
-                f"difficulty and steps {ends.spearman:.2f}"
-            )
     for table in found.tables():
-        shown = Table(*table.header, title=table.title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for row in table.rows:
-            shown.add_row(*row)
-        results.print(shown)
+        results.print(shown(table), width=None if results.is_terminal else WIDE)
     if found.out is not None and not quiet:
         remarks.print(f"written to {found.out}", soft_wrap=True)
 
@@ -158,29 +148,19 @@ def _number(text: str) -> float:
         raise RedepthError(f"--exit-threshold must be auto or a number, got {text!r}") from None
 
 
-def accuracy_table(found: Any) -> Table:
-    """One task's accuracy in per cent, with standard errors from 0.5 up, a row for each difficulty."""
-    columns = ["difficulty", "answers", *(f"r={steps}" for steps in found.num_steps)]
-    if found.exits is not None:
-        columns += ["exit step", "right"]
-    beyond = bool(found.trained_most) and found.difficulties[-1] > found.trained_most
-    table = Table(
-        title=f"{found.task}: accuracy in per cent",
+def shown(table: Any) -> Table:
+    """A `TextTable` for the terminal; columns of numbers are flush right."""
+    made = Table(
+        title=table.title,
         title_justify="left",
-        caption="* more difficult than anything trained" if beyond else None,
+        caption=table.note or None,
         caption_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    for number, difficulty in enumerate(found.difficulties):
-        star = "*" if beyond and difficulty > found.trained_most else " "
-        cells = [
-            f"{100 * value:.0f}" + (f"±{100 * error:.0f}" if error >= 0.005 else "")
-            for value, error in zip(found.accuracy[number], found.standard_error[number], strict=True)
-        ]
-        if found.exits is not None:
-            cells += [f"{found.exits.mean_steps[number]:.1f}", f"{100 * found.exits.accuracy[number]:.0f}"]
-        table.add_row(f"{difficulty}{star}", str(found.answers[number]), *cells)
-    return table
+    for place, name in enumerate(table.header):
+        numbers = all(re.match(r"[-+]?\d|$", row[place]) for row in table.rows)
+        made.add_column(name, justify="right" if numbers else "left")
+    for row in table.rows:
+        made.add_row(*row)
+    return made

@@ -1,4 +1,4 @@
-"""`redepth eval`: lm-eval's tasks and texts at every depth of a checkpoint, beside other models, into a folder."""
+"""`redepth eval`: tasks and texts at every depth of a checkpoint, beside other models, into a folder."""
 
 import json
 import time
@@ -20,14 +20,18 @@ from redepth.runtime import require
 from .answers import Answers, key_of
 from .asking import SEEDS, ask, check_fits, language_model
 from .models import Column, Entrant, entrant, fingerprint, merged, open_model, open_tokenizer, rival, versions
-from .presets import TaskList
+from .presets import TaskList, find_preset
+from .problems import PROBLEMS, AskedTask
+from .published import PublishedTable
 from .scores import Difference, Samples, Score, Work, differences, samples_of, scores_of
-from .stock_tasks import check_known, load_tasks, local_file
-from .tables import TextTable, score_tables, text_tables
+from .stock_tasks import check_known, load_tasks, local_files
+from .tables import TextTable, accuracy_tables, published_table, score_tables, text_tables
+from .task_scores import TaskRun, write_answers
+from .tasks import TaskAccuracy
 from .texts import PREFIX, TextLoss, TextSpec, losses_of, summarise, token_table
 
 RESULTS_FILE, ANSWERS_FILE, TABLE_FILE = "results.json", "answers.sqlite", "table.md"
-TASKS_FILE = "tasks.json"
+DOCUMENTS_FILE, PROBLEMS_FILE = "documents.parquet", "problems.parquet"
 HARNESS_FOLDER = "lm-eval"
 
 OnPart = Callable[[str, float], None]
@@ -37,14 +41,14 @@ OnPart = Callable[[str, float], None]
 class DepthEvaluation:
     """
     Attributes:
-        by_difficulty: what `task:` specs gave.
-        scores, differences: of lm-eval's tasks; the differences are between any two columns of the table.
+        by_difficulty: of `task:` specs, one for each task and model.
+        scores, differences: of tasks; the differences are between any two rows of the table.
         texts: of `text:` specs.
         manifest: what the figures depend on.
         out: the folder they were written to.
     """
 
-    by_difficulty: list[Any] = field(default_factory=list)
+    by_difficulty: list[TaskAccuracy] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
     differences: list[Difference] = field(default_factory=list)
     texts: list[TextLoss] = field(default_factory=list)
@@ -52,8 +56,15 @@ class DepthEvaluation:
     out: Path | None = None
 
     def tables(self) -> list[TextTable]:
-        """Of lm-eval's tasks and of texts."""
-        return score_tables(self.scores, self.differences) + text_tables(self.texts)
+        """Of tasks, of their problems by difficulty, and of texts."""
+        tasks = score_tables(self.scores, self.differences) + accuracy_tables(self.by_difficulty)
+        published = self._published()
+        beside = published_table(self.scores, published, self.manifest["limit"]) if published else None
+        return tasks + ([beside] if beside else []) + text_tables(self.texts)
+
+    def _published(self) -> PublishedTable | None:
+        preset = self.manifest.get("preset")
+        return find_preset(preset).published if preset is not None else None
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -61,6 +72,7 @@ class DepthEvaluation:
             "scores": [one.as_dict() for one in self.scores],
             "differences": [one.as_dict() for one in self.differences],
             "texts": [one.as_dict() for one in self.texts],
+            "published": published.as_dict() if (published := self._published()) else None,
             "manifest": self.manifest,
         }
 
@@ -70,10 +82,11 @@ class Settings:
     """How to measure.
 
     Attributes:
-        limit: documents of each task, from the first on; None for all.
+        limit: documents of each task, from the first on, None for all; or problems of each split, None for `PROBLEMS`.
         data_dir: a folder with the rows of each task, in place of the hub.
         compare: further models; see `models.rival`.
         preset: the name of the preset that the lists come from.
+        seed, questions: of the problems of `task:` specs, and in each of them in words.
     """
 
     num_steps: tuple[int, ...]
@@ -86,6 +99,8 @@ class Settings:
     dtype: str = "auto"
     device: str = "cpu"
     preset: str | None = None
+    seed: int = 0
+    questions: int = 1
 
     def check(self) -> None:
         """
@@ -111,7 +126,7 @@ def check_out(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise RedepthError(f"{out} is a file, not a folder; give another --out")
     entries = {entry.name for entry in out.iterdir()} if out.is_dir() else set()
-    if entries and not entries & {RESULTS_FILE, ANSWERS_FILE, TASKS_FILE}:
+    if entries and not entries & {RESULTS_FILE, ANSWERS_FILE}:
         raise RedepthError(f"{out} holds something else than an evaluation; give another --out")
 
 
@@ -122,6 +137,7 @@ def evaluate_across_depths(
     settings: Settings,
     out: Path,
     on_part: OnPart | None = None,
+    problems: Sequence[str | None] = (),
 ) -> DepthEvaluation:
     """Every task and text at every depth, and of every model to compare with.
 
@@ -129,6 +145,7 @@ def evaluate_across_depths(
         lists: tasks of lm-eval.
         texts: `text:` specs.
         out: folder to write; one that an earlier call began is gone on with.
+        problems: `task:` specs; None for the task that a small model was trained on.
 
     Raises:
         RedepthError: for anything that does not fit, before any compute.
@@ -138,12 +155,12 @@ def evaluate_across_depths(
     entrants = merged([own, *(rival(text, settings.num_steps) for text in settings.compare)])
     check_out(out)
     require("matplotlib", "plots")
+    task_runs = _task_runs(checkpoint, problems, entrants, settings)
     names = [name for one in lists for name in one.tasks]
     if names:
         check_known(names)
         if settings.data_dir is not None:
-            for name in names:
-                local_file(name, settings.data_dir)
+            local_files(names, settings.data_dir)
     tokenizers = [open_tokenizer(one) for one in entrants]
     for one in lists:
         for each, tokenizer in zip(entrants, tokenizers, strict=True):
@@ -154,9 +171,9 @@ def evaluate_across_depths(
     for tasks, one in zip(loaded, lists, strict=True):
         check_fits(tasks, one, settings.limit, entrants, tokenizers)
     found = DepthEvaluation(out=out)
-    found.manifest = _manifest(checkpoint, entrants, lists, texts, settings)
+    found.manifest = _manifest(checkpoint, entrants, lists, texts, task_runs, settings)
     out.mkdir(parents=True, exist_ok=True)
-    answers = Answers(out / ANSWERS_FILE) if names else None
+    answers = Answers(out / ANSWERS_FILE)
     runs: list[tuple[str, str, Samples]] = []
     losses: list[dict[Any, Any]] = [{} for _ in texts]
     dtype: Any = settings.dtype
@@ -165,9 +182,11 @@ def evaluate_across_depths(
         dtype = model.dtype  # the others are measured as the first is
         found.manifest["models"][each.name]["dtype"] = str(dtype).removeprefix("torch.")
         told = _told(on_part, Path(each.name).name)
-        if answers is not None:
-            known = {name: value for name, value in found.manifest["models"][each.name].items() if name != "columns"}
-            identity = key_of(known, settings.device, settings.batch_size)
+        known = {name: value for name, value in found.manifest["models"][each.name].items() if name != "columns"}
+        identity = key_of(known, settings.device, settings.batch_size)
+        for run in task_runs:
+            run.ask(each, model, tokenizer, answers, identity, settings.exit_threshold, told("problems"))
+        if names:
             lm = language_model(model, tokenizer, settings.batch_size, answers, identity)
             for number, (tasks, asked) in enumerate(zip(loaded, lists, strict=True)):
                 for column, results, costs in ask(lm, each, tasks, asked, settings.limit, told):
@@ -178,20 +197,43 @@ def evaluate_across_depths(
         for kept, by_source in zip(losses, rows, strict=True):
             kept |= losses_of(each.name, model, by_source, each.num_steps(), told("texts"))
         del model
-    if answers is not None:
-        answers.close()
+    answers.close()
     found.differences = differences(runs)
+    for run in task_runs:
+        found.scores += run.scores
+        found.differences += run.differences()
+        found.by_difficulty += run.accuracies
     for spec, kept, by_source in zip(texts, losses, rows, strict=True):
         found.texts += summarise(spec, kept)
         pq.write_table(token_table(kept, by_source, tokenizers[0]), out / f"{_file_name(spec)}.parquet")
     _write_documents(out, runs)
-    if found.scores:
-        from .plots import plot_accuracy_against_flops
-
-        for kind in ("png", "svg"):
-            plot_accuracy_against_flops(found.scores, out / f"accuracy.{kind}")
+    if task_runs:
+        write_answers(task_runs, out / PROBLEMS_FILE)
+    _draw(found, out)
     (out / TABLE_FILE).write_text("\n\n".join(table.as_markdown() for table in found.tables()) + "\n", encoding="utf-8")
     write_json(out / RESULTS_FILE, found.as_dict())
+    return found
+
+
+def _draw(found: DepthEvaluation, out: Path) -> None:
+    from .plots import plot_accuracy_against_flops, write_heat_maps
+
+    if found.scores:
+        for kind in ("png", "svg"):
+            plot_accuracy_against_flops(found.scores, out / f"accuracy.{kind}")
+    write_heat_maps(found.by_difficulty, out)
+
+
+def _task_runs(
+    checkpoint: str, specs: Sequence[str | None], entrants: Sequence[Entrant], settings: Settings
+) -> list[TaskRun]:
+    limit = PROBLEMS if settings.limit is None else settings.limit
+    found = []
+    for spec in specs:
+        asked = AskedTask.of(checkpoint, spec)
+        for one in entrants[1:]:
+            asked.check_reads(one.name)
+        found.append(TaskRun(asked, limit, settings.seed, settings.questions))
     return found
 
 
@@ -228,7 +270,12 @@ def _told(on_part: OnPart | None, model: str) -> Callable[[str], Callable[[int, 
 
 
 def _manifest(
-    checkpoint: str, entrants: Sequence[Entrant], lists: Sequence[TaskList], texts: Sequence[str], settings: Settings
+    checkpoint: str,
+    entrants: Sequence[Entrant],
+    lists: Sequence[TaskList],
+    texts: Sequence[str],
+    task_runs: Sequence[TaskRun],
+    settings: Settings,
 ) -> dict[str, Any]:
     """What the figures depend on; versions of tasks and dtypes are added as they are known."""
     config, _ = read_config(checkpoint)
@@ -242,6 +289,7 @@ def _manifest(
         "versions": versions(),
         "tasks": {},
         "prompts": [one.as_dict() for one in lists],
+        "problems": [one.as_dict() for one in task_runs],
         "texts": list(texts),
         "preset": settings.preset,
         "limit": settings.limit,
@@ -274,7 +322,7 @@ def _write_harness(
 
 
 def _write_documents(out: Path, runs: Sequence[tuple[str, str, Samples]]) -> None:
-    """documents.parquet: every document's own value, from which any other comparison can be made."""
+    """Every document's own value, from which any other comparison can be made."""
     if not runs:
         return
     names = ("model", "depth", "task", "metric", "filter", "document", "value")
@@ -285,4 +333,4 @@ def _write_documents(out: Path, runs: Sequence[tuple[str, str, Samples]]) -> Non
         for document, value in by_document.items()
     ]
     table = pa.table({name: [row[number] for row in rows] for number, name in enumerate(names)})
-    pq.write_table(table, out / "documents.parquet")
+    pq.write_table(table, out / DOCUMENTS_FILE)

@@ -2,8 +2,6 @@
 
 import contextlib
 import io
-import logging
-import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -19,29 +17,12 @@ from redepth.errors import RedepthError
 from .answers import Answers
 from .models import Column, Entrant
 from .presets import TaskList
+from .quiet import quiet
 
 BOOTSTRAP = 1000  # draws for the errors that have no formula
 # lm-eval's own: of python, of numpy and torch, and of the examples in the prompt.
 SEEDS = {"python": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
 SPECIAL_TOKENS = 8  # more than any tokenizer puts around a text
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """lm-eval prints remarks on standard output, which is for results."""
-    log = logging.getLogger("lm_eval")
-    level, before = log.level, os.environ.get("DISABLE_MULTIPROC")
-    log.setLevel(logging.ERROR)
-    os.environ["DISABLE_MULTIPROC"] = "1"  # its bootstrap would fork beside torch's threads
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        log.setLevel(level)
-        if before is None:
-            del os.environ["DISABLE_MULTIPROC"]
-        else:
-            os.environ["DISABLE_MULTIPROC"] = before
 
 
 def language_model(model: Any, tokenizer: Any, batch_size: int, answers: Answers, identity: str) -> Any:

@@ -12,15 +12,19 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import Collator
 from lm_eval.utils import get_rolling_token_windows
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from redepth.checkpoint.load import load
 from redepth.errors import RedepthError
 from redepth.modeling import DepthPolicy, RecurrentDepthForCausalLM
+from redepth.modeling.errors import UserError
 from redepth.modeling.policy import take_policy_keywords
 from redepth.runtime import choose_device
 
 from .answers import Answer, Answers, key_of
 
+DRAFTED_FROM = 8  # steps; the draft has one for each so many
+MORE_TOKENS = 2
 # (the strings that were asked about, ids of the context, ids of the continuation)
 TokenRequest = tuple[Any, list[int], list[int]]
 
@@ -57,6 +61,51 @@ class SharedPass:
         return logits
 
 
+class RowStops(StoppingCriteria):
+    """Ends each row by itself at the first of some texts, so that rows may advance at their own pace.
+
+    Args:
+        start: tokens of the prompts, padding included.
+    """
+
+    def __init__(self, tokenizer: Any, stops: list[str], start: int) -> None:
+        self._tokenizer, self._stops, self._start = tokenizer, stops, start
+        tokens = (len(tokenizer.encode(stop, add_special_tokens=False)) for stop in stops)
+        # A text may be made of other tokens than the tokenizer would use.
+        self._look_back = max(tokens, default=0) + MORE_TOKENS
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """`[B]`, bool, of rows `[B, tokens]`."""
+        ended = [self._ends(row) for row in input_ids[:, self._start :].tolist()]
+        return torch.tensor(ended, device=input_ids.device)
+
+    def _ends(self, made: list[int]) -> bool:
+        text = self._tokenizer.decode(made[-self._look_back :])
+        return any(stop in text for stop in self._stops)
+
+    def first(self, made: list[int]) -> int:
+        """After how many tokens a row ended; all of them where no text ended it."""
+        return next((count for count in range(1, len(made) + 1) if self._ends(made[:count])), len(made))
+
+
+def drafted(policy: DepthPolicy, config: Any) -> DepthPolicy:
+    """The policy for greedy texts: a deep fixed one with drafts of an eighth of its depth, which say the same."""
+    if policy.num_steps < DRAFTED_FROM or policy.test is not None or not policy.is_one_token_at_a_time:
+        return policy
+    if policy.continuous_compute:
+        return policy
+    try:
+        return DepthPolicy.resolve(
+            config,
+            num_steps=policy.num_steps,
+            draft_steps=policy.num_steps // DRAFTED_FROM,
+            cache_rule=policy.cache_rule.name,
+            state_seed=policy.state_seed,
+        )
+    except UserError:  # a cache rule that drafts would spoil
+        return policy
+
+
 class RedepthLM(HFLM):
     """A depth-recurrent checkpoint, or for comparison any causal language model, under lm-eval.
 
@@ -81,11 +130,6 @@ class RedepthLM(HFLM):
         self.policy: DepthPolicy | None = None
         if isinstance(self.model, RecurrentDepthForCausalLM):
             self.policy = DepthPolicy.resolve(self.model.config, **keywords)
-            if not self.policy.is_one_token_at_a_time:
-                # lm-eval's stop sequences count on rows that grow together.
-                raise RedepthError(
-                    "lm-eval can't stop drafts and samplers row by row; leave draft_steps and sampler out"
-                )
         elif keywords:
             raise RedepthError(f"a model without a loop in depth takes no {min(keywords)}; leave it out")
         self.policies: list[DepthPolicy | None] = [self.policy]
@@ -126,18 +170,34 @@ class RedepthLM(HFLM):
             return shared.logits(self.policy.num_steps)
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
+        # As lm-eval reads a task's settings: temperature 0 stands for greedy decoding.
+        if kwargs.get("temperature", 0.0) == 0.0 and not kwargs.get("do_sample"):
+            kwargs["do_sample"] = False
+            kwargs.pop("temperature", None)
         if self.policy is not None:
-            kwargs["policy"] = self.policy
-        output: Any = super()._model_generate(context, max_length, stop, return_dict_in_generate=True, **kwargs)
+            greedy = not kwargs.get("do_sample") and (kwargs.get("num_beams") or 1) == 1
+            kwargs["policy"] = drafted(self.policy, self.model.config) if greedy else self.policy
+        stops = RowStops(self.tokenizer, stop, context.shape[1])
+        precision = self.mixed_precision_dtype
+        with torch.autocast(self.device.type, precision, enabled=precision is not None):
+            output: Any = self.model.generate(
+                input_ids=context,
+                max_length=max_length,
+                stopping_criteria=StoppingCriteriaList([stops]),
+                pad_token_id=self.tokenizer.pad_token_id,
+                return_dict_in_generate=True,
+                **kwargs,
+            )
         steps = output["stats"].get("num_steps") if self.policy is not None else None
         ends = self.model.generation_config.eos_token_id
         ends = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
         self._ran = []
         for row, (made, mask) in enumerate(
-            zip(output.sequences[:, context.shape[1] :], kwargs["attention_mask"], strict=True)
+            zip(output.sequences[:, context.shape[1] :].tolist(), kwargs["attention_mask"], strict=True)
         ):
             # The last token is made and not run.
-            run = next((place for place, token in enumerate(made.tolist()) if token in ends), len(made) - 1)
+            run = next((place for place, token in enumerate(made) if token in ends), len(made) - 1)
+            run = min(run, stops.first(made) - 1)
             prompt, padding = int(mask.sum()), int((1 - mask).sum())
             taken = steps[row, padding : padding + prompt + run].float().mean().item() if steps is not None else None
             self._ran.append((prompt + run, taken))

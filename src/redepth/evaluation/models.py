@@ -1,6 +1,7 @@
 """The models of an evaluation: the checkpoint, and what it is held against."""
 
 import hashlib
+import importlib.util
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -153,4 +154,5 @@ def _sha256(files: Sequence[Path]) -> str:
 def versions() -> dict[str, str]:
     """Of what figures depend on."""
     named = ("redepth", "lm_eval", "torch", "transformers", "tokenizers", "datasets")
-    return {name: version(name) for name in named} | {"python": platform.python_version()}
+    found = {name: version(name) for name in named if importlib.util.find_spec(name) is not None}
+    return found | {"python": platform.python_version()}

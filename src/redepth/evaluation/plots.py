@@ -9,10 +9,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from redepth.checkpoint.folder import write_json
-
 from .scores import SHARES, Score, main_scores
-from .tables import with_unit
+from .tables import depth_name, short_names, with_unit
 from .tasks import TaskAccuracy
 from .texts import NO_LOOP
 
@@ -84,7 +82,7 @@ def plot_accuracy_by_depth(
     mean_exit_steps: Sequence[float] | None = None,
     controls: Mapping[str, Sequence[float]] | None = None,
 ) -> None:
-    """Draw accuracy by difficulty and number of steps as a heat map, as a PNG.
+    """Draw accuracy by difficulty and number of steps as a heat map, as a PNG or SVG.
 
     Args:
         accuracy: `[difficulty][num_steps]`, from 0 to 1.
@@ -203,7 +201,8 @@ def plot_accuracy_against_flops(scores: Sequence[Score], file: str | Path) -> No
         panel.set_xticks(ticks, [with_unit(tick) for tick in ticks])
         panel.minorticks_off()
         panel.set_title(f"{task} ({own[0].answers})", loc="left", fontsize="medium")
-        panel.set_ylabel(f"{own[0].metric}{', per cent' if share else ''}", fontsize="small")
+        said = own[0].metric if own[0].filter == "none" else f"{own[0].metric}, {own[0].filter}"
+        panel.set_ylabel(f"{said}{', per cent' if share else ''}", fontsize="small")
         panel.set_xlabel("forward FLOPs per answer", fontsize="small")
         panel.grid(alpha=0.3)
     handles: dict[str, Any] = {}
@@ -220,18 +219,25 @@ def plot_accuracy_against_flops(scores: Sequence[Score], file: str | Path) -> No
     figure.savefig(file)
 
 
-def write_evaluations(found: Sequence[TaskAccuracy], out: Path) -> None:
-    """`tasks.json` with all of them, and a heat map of each, named after its task."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "tasks.json", [one.as_dict() for one in found])
-    for one in found:
-        name = re.sub(r"\W+", "-", one.task.removeprefix("task:")).strip("-")
-        plot_accuracy_by_depth(
-            one.accuracy,
-            one.difficulties,
-            one.num_steps,
-            out / f"{name}.png",
-            f"{one.task}: accuracy by difficulty and steps",
-            one.trained_most or None,
-            one.exits.mean_steps if one.exits is not None else None,
-        )
+def write_heat_maps(found: Sequence[TaskAccuracy], out: Path) -> None:
+    """A heat map of each task as PNG and SVG, named after it: the first model's, the others as columns beside it."""
+    for task in dict.fromkeys(one.task for one in found):
+        first, *others = (one for one in found if one.task == task)
+        names = short_names([one.model for one in (first, *others)])[1:]
+        controls = {
+            f"{name} {depth_name(steps)}": [row[place] for row in one.accuracy]
+            for name, one in zip(names, others, strict=True)
+            for place, steps in enumerate(one.num_steps)
+        }
+        stem = re.sub(r"\W+", "-", task.removeprefix("task:")).strip("-")
+        for kind in ("png", "svg"):
+            plot_accuracy_by_depth(
+                first.accuracy,
+                first.difficulties,
+                first.num_steps,
+                out / f"{stem}.{kind}",
+                f"{task}: accuracy by difficulty and steps",
+                first.trained_most or None,
+                first.exits.mean_steps if first.exits is not None else None,
+                controls,
+            )

@@ -6,6 +6,8 @@ from typing import Any
 
 from redepth.errors import RedepthError
 
+from .published import HUGINN, PublishedTable
+
 
 @dataclass(frozen=True)
 class TaskList:
@@ -42,12 +44,14 @@ class Preset:
         num_steps: the depths of the published rows.
         dtype: that the published runs used.
         source: where the settings stand.
+        published: what was measured so, where the figures are known here.
     """
 
     lists: tuple[TaskList, ...]
     num_steps: tuple[int, ...]
     dtype: str
     source: str
+    published: PublishedTable | None = None
 
 
 PRESETS: dict[str, Preset] = {
@@ -68,6 +72,7 @@ PRESETS: dict[str, Preset] = {
         "bfloat16",
         "Geiping et al. 2025, arXiv:2502.05171, table 1; invocations in the README of "
         "github.com/seal-rg/recurrent-pretraining, section Reproducing Benchmark Scores",
+        HUGINN,
     ),
     "retrofit": Preset(
         (

@@ -23,11 +23,12 @@ class Score:
         model: as the user named it.
         depth: `r=4`, the exit test by name, or `no loop`.
         metric, filter: as lm-eval names them; the filter says how an answer was read out of a text, and is `none` for
-            likelihoods.
-        standard_error: lm-eval's; None where it gives none.
-        answers: documents that were asked.
+            likelihoods. Of a `task:` spec `acc`, and the split.
+        standard_error: lm-eval's, None where it gives none; of a `task:` spec with problems as independent.
+        answers: documents that were asked, or answers to problems.
         mean_steps: over the tokens run; 0 without a loop.
-        tokens_per_answer: run for a document, every choice of a question counted as if it were asked by itself.
+        tokens_per_answer: run for a document, every choice of a question counted as if it were asked by itself; or for
+            a problem with all its questions.
         flops_per_token, flops_per_answer: forward, of the layers' matrix products (see `ParameterCount`).
         effective_parameters: of a model without a loop that would compute as much, with embedding and head.
     """
@@ -52,10 +53,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric's change from one model and depth to another, over the documents that both were asked.
+    """A metric's change from one model and depth to another, over the documents or problems that both were asked.
 
     Attributes:
-        standard_error: over documents, paired.
+        standard_error: over documents or problems, paired.
     """
 
     task: str

@@ -18,6 +18,8 @@ import yaml
 from redepth.errors import RedepthError, first_line
 from redepth.runtime import require
 
+from .quiet import quiet
+
 NAME_LINE = re.compile(r"^[\"']?(?:task|group)[\"']?:[ \t]*[\"']?([\w.:-]+)[\"']?[ \t]*(?:#.*)?$", re.MULTILINE)
 MEMBER_LINE = re.compile(r"^[ \t]*-[ \t]+(?:(?:task|group):[ \t]*)?[\"']?([\w.:-]+)[\"']?[ \t]*$", re.MULTILINE)
 SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -65,30 +67,67 @@ def check_known(names: Sequence[str]) -> None:
             raise RedepthError(f"unknown task {name!r}; {hint}")
 
 
-def local_file(name: str, folder: Path) -> Path:
-    """The file in `folder` with a task's rows: of the task's name, or of its data's (gsm8k for gsm8k_cot).
+@cache
+def index_of(name: str) -> dict[str, Any]:
+    """lm-eval's own entries for a name and what stands below it, with their configurations."""
+    from lm_eval.tasks import TaskManager
+
+    with quiet():
+        return dict(TaskManager(include_defaults=False, include_path=folders_of(name)).task_index)
+
+
+def leaves_of(name: str) -> list[str]:
+    """The single tasks that lm-eval asks under a name: itself, or those of a group or tag."""
+    index = index_of(name)
+
+    def below(one: Any) -> list[str]:
+        if isinstance(one, dict):  # described in place
+            inside = one.get("task", one.get("group"))
+            return [leaf for each in inside for leaf in below(each)] if isinstance(inside, list) else below(inside)
+        entry = index.get(one)
+        if entry is None or (entry.kind.name in ("TASK", "PY_TASK")):
+            return [one]
+        members = sorted(entry.tags) if entry.kind.name == "TAG" else entry.cfg["task"]
+        return [leaf for each in members for leaf in below(each)]
+
+    return list(dict.fromkeys(below(name)))
+
+
+def data_of(leaf: str, index: Mapping[str, Any]) -> tuple[str, str]:
+    """A single task's data set on the hub, without its owner, and the part of it that it reads; empty where unsaid."""
+    config = (index[leaf].cfg or {}) if leaf in index else {}
+    return str(config.get("dataset_path") or "").rpartition("/")[2], str(config.get("dataset_name") or "")
+
+
+def local_files(names: Sequence[str], folder: Path) -> dict[str, Path]:
+    """For each single task under some names the file in `folder` with its rows.
+
+    A file is named after the task; or, in a folder named after its data set, after the part that it reads
+    (mmlu/anatomy for mmlu_anatomy); or after the data set (gsm8k for gsm8k_cot), where no other task that is asked reads
+    another part of it.
 
     Raises:
         RedepthError: where there is none.
     """
-    file = task_files().get(name)
-    said = (
-        re.findall(r"^[\"']?dataset_path[\"']?:[ \t]*[\"']?([\w./-]+)", task_texts()[file], re.MULTILINE)
-        if file
-        else []
-    )
-    stems = [name, *(path.rpartition("/")[2] for path in said)]
-    for stem in stems:
-        for suffix in SUFFIXES:
-            if (folder / f"{stem}{suffix}").is_file():
-                return folder / f"{stem}{suffix}"
-    raise RedepthError(
-        f"{folder} has no {stems[0]}.jsonl with the rows of task {name!r}; add it, or leave --data-dir out"
-    )
+    data = {leaf: data_of(leaf, index_of(name)) for name in names for leaf in leaves_of(name)}
+    found = {}
+    for leaf, (path, part) in data.items():
+        stems = [leaf, f"{path}/{part}"] if part else [leaf]
+        if len({other for where, other in data.values() if where == path}) == 1:
+            stems.append(path)
+        files = [folder / f"{stem}{suffix}" for stem in stems if stem for suffix in SUFFIXES]
+        file = next((file for file in files if file.is_file()), None)
+        if file is None:
+            others = "".join(f" or {stem}.jsonl" for stem in stems[1:] if stem)
+            raise RedepthError(
+                f"{folder} has no {leaf}.jsonl{others} with the rows of task {leaf!r}; add it, or leave --data-dir out"
+            )
+        found[leaf] = file
+    return found
 
 
-def local_changes(name: str, rows: Path) -> dict[str, Any]:
-    """What makes lm-eval's task `name` read one local file, all of which is asked."""
+def local_changes(leaf: str, rows: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a single task of lm-eval read one local file, all of which is asked."""
     return {
         "dataset_path": SUFFIXES[rows.suffix],
         "dataset_name": None,
@@ -97,8 +136,8 @@ def local_changes(name: str, rows: Path) -> dict[str, Any]:
         "validation_split": SPLIT,
         "test_split": None,
         # A task that brings its own examples takes them only where no split is named.
-        "fewshot_split": None if re.search(r"^ +samples:", task_texts()[task_files()[name]], re.MULTILINE) else SPLIT,
-        **OWN_KEYS.get(name, {}),
+        "fewshot_split": None if (config.get("fewshot_config") or {}).get("samples") else SPLIT,
+        **OWN_KEYS.get(leaf, {}),
     }
 
 
@@ -109,37 +148,40 @@ def load_tasks(
 
     Args:
         data_dir: a folder with a file of rows for each task, in the schema of its hub data; nothing is fetched then.
-        changes: by task, keys of its configuration to change.
+        changes: by single task, keys of its configuration to change.
 
     Raises:
-        RedepthError: for an unknown task, a missing file, a group with `data_dir`, or data that can't be loaded.
+        RedepthError: for an unknown task, a missing file, or data that can't be loaded.
     """
     check_known(names)
-    files = {name: local_file(name, data_dir) for name in names} if data_dir is not None else {}
-    grouped = [name for name in names if is_group(name)]
-    if files and grouped:
-        raise RedepthError(f"task {grouped[0]!r} is a group; with --data-dir name its tasks one by one")
-    from lm_eval.tasks import TaskManager
-
+    files = local_files(names, data_dir) if data_dir is not None else {}
     found: list[Any] = []
     for name in names:
-        changed = (local_changes(name, files[name]) if files else {}) | dict((changes or {}).get(name, {}))
         try:
-            if name in grouped:
-                loaded = TaskManager(include_defaults=False, include_path=folders_of(name)).load([name])
-            elif changed:
-                with tempfile.TemporaryDirectory() as folder:
-                    over = Path(folder) / f"{name}.yaml"
-                    over.write_text(yaml.safe_dump({"include": str(task_files()[name]), "task": name, **changed}))
-                    loaded = TaskManager(include_defaults=False).load([str(over)])
-            else:
-                loaded = TaskManager(include_defaults=False).load([str(task_files()[name])])
+            loaded = _load(name, files, changes or {})
         except Exception as error:  # of datasets, its readers, the hub, or the task's own code
             hint = "" if files else "; where there is no hub, give local files with --data-dir"
             raise RedepthError(f"task {name!r} can't be loaded: {first_line(error)}{hint}") from None
         groups = loaded.get("groups", {})
         found += [groups[name]] if name in groups else list(loaded["tasks"].values())
     return found
+
+
+def _load(name: str, files: Mapping[str, Path], changes: Mapping[str, Mapping[str, Any]]) -> Any:
+    """What lm-eval makes of a name, where a folder of changed tasks comes after its own and replaces them."""
+    from lm_eval.tasks import TaskManager
+
+    index = index_of(name)
+    with tempfile.TemporaryDirectory() as folder:
+        for leaf in leaves_of(name):
+            entry = index[leaf]
+            changed = local_changes(leaf, files[leaf], entry.cfg or {}) if leaf in files else {}
+            changed |= dict(changes.get(leaf, {}))
+            if changed:
+                over = {"include": str(entry.yaml_path), "task": leaf, **changed}
+                (Path(folder) / f"{leaf}.yaml").write_text(yaml.safe_dump(over), encoding="utf-8")
+        with quiet():
+            return TaskManager(include_defaults=False, include_path=[*folders_of(name), folder]).load([name])
 
 
 def is_group(name: str) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 from redepth.data.tasks import TASKS, ArrayTask, is_import_path, open_task
 from redepth.errors import RedepthError
-from redepth.evaluation.tasks import recorded_task
+from redepth.evaluation.problems import recorded_task
 
 HARDEST = 12
 DRAWN = 16  # problems to choose from; not every one is as difficult as asked for
