@@ -1,14 +1,15 @@
 """Adaptive exit: each token leaves when its own test says so, in batches, against slow references."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from redepth import RecurrentDepthCache, RecurrentDepthForCausalLM
-from redepth.modeling import DepthPolicy
-from redepth.modeling.exits import EXIT_TESTS
+from redepth.modeling import DepthPolicy, exits
+from redepth.modeling.exits import EXIT_TESTS, ExitTracker
 from redepth.surgery.convert import plan_conversion
 from tests.tolerance import tolerance
 from tests.zoo import random_ids
@@ -208,3 +209,44 @@ def test_training_is_refused(models) -> None:
     with pytest.raises(ValueError, match="for inference"):
         model(random_ids(1, 3), num_steps=3, criterion="kl")
     model.eval()
+
+
+@pytest.mark.parametrize("criterion", [name for name, test in EXIT_TESTS.items() if test.of_logits])
+@pytest.mark.parametrize("largest", [0, 2**40], ids=["logits made again", "a table kept"])
+def test_few_logits_at_once_decide_what_whole_tables_decide(monkeypatch, criterion: str, largest: int) -> None:
+    """150 tokens, of which fewer and fewer are left; the reference holds every step's logits in fp32."""
+    monkeypatch.setattr(exits, "LARGEST_TABLE", largest)
+    torch.manual_seed(3)
+    test, table = EXIT_TESTS[criterion], torch.randn(37, 8)
+    states = [torch.randn(150, 8)]
+    for step in range(5):
+        states.append(states[-1] + torch.randn(150, 8) * 0.5 ** (step + torch.rand(150, 1) * 4))
+    logits = [(state @ table.T).float() for state in states]
+    measured = [test.compare(new, old) for old, new in pairwise(logits)]
+    threshold = 2 if test.streak is None else 1.001 * float(measured[1].median())
+    tracker, left = ExitTracker(test, threshold, 1), torch.arange(150)
+    streak, gone = torch.zeros(150), 0
+    most = 0
+
+    def head(part: torch.Tensor) -> torch.Tensor:
+        nonlocal most
+        most = max(most, len(part))
+        return part @ table.T
+
+    for step, state in enumerate(states, 1):
+        settled = tracker.settled(state[left], left, step, head)
+        if step > 1:
+            streak = torch.where(measured[step - 2] < tracker.threshold, streak + 1, 0.0)
+        assert torch.equal(settled, (streak[left] >= tracker.streak_needed) & (step > 1))
+        left, gone = left[~settled], gone + int(settled.sum())
+    assert gone > 20
+    assert most <= exits.TOKENS_AT_ONCE
+
+
+def test_what_is_remembered_is_small(monkeypatch) -> None:
+    """No table of tokens by vocabulary: entropies, picks, or what the coda left."""
+    monkeypatch.setattr(exits, "LARGEST_TABLE", 1000)
+    for criterion, numbers in (("kl", 8), ("entropy-diff", 1), ("argmax-stability", 1)):
+        tracker = ExitTracker(EXIT_TESTS[criterion], 5, 1)
+        tracker.settled(torch.randn(90, 8), torch.arange(90), 1, lambda part: part @ torch.randn(8, 1_000))
+        assert tracker._old.numel() == 90 * numbers

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import redepth
+import redepth.modeling
 
 PACKAGE = Path(redepth.__file__).parent
 MODELING_MAY_IMPORT = {
@@ -30,6 +31,7 @@ MODELING_MAY_IMPORT = {
     "time",
     "typing",
     "warnings",
+    "weakref",
 }
 
 
@@ -127,6 +129,7 @@ FOREIGN_PRIVATE = {
     "_is_avx512_bf16_supported",
     "_linear_pointwise",  # torch.ops.mkldnn
     "_reorder_linear_weight",
+    "_version",  # of a tensor: how often it was changed in place
     "_is_vnni_supported",
     "_convert_weight_to_int4pack_for_cpu",  # torch's kernels for quantised weights
     "_make_per_channel_quantized_tensor",
@@ -174,6 +177,28 @@ def test_the_start_is_cheap() -> None:
     assert done.stdout.strip() == "set()"
 
 
+def test_a_command_line_imports_the_command_that_it_names() -> None:
+    script = (
+        "import sys; from redepth.cli import main\n"
+        "sys.argv[1:] = ['inspect', '--help']\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print(*(name for name in sys.modules if name.startswith(('redepth.cli.', 'torch', 'transformers'))))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1].split() == ["redepth.cli.console", "redepth.cli.inspect"]
+
+
+def test_plain_modelling_files_need_no_torch() -> None:
+    """What a checkpoint can be looked at with; they import each other alone."""
+    for name in redepth.modeling.PLAIN:
+        for module, level in imports_of(PACKAGE / "modeling" / f"{name}.py"):
+            outside = module.split(".")[0]
+            assert (
+                module in redepth.modeling.PLAIN if level else outside not in ("torch", "transformers", "safetensors")
+            )
+
+
 REGISTERED = """
 import sys
 exec(sys.argv[1])
@@ -193,6 +218,7 @@ assert isinstance(AutoModelForCausalLM.from_config(config), redepth.RecurrentDep
         "import redepth; from transformers import AutoConfig",
         pytest.param("import redepth; from transformers import AutoModelForCausalLM", marks=pytest.mark.slow),
         pytest.param("from transformers import AutoModelForCausalLM; import redepth.griffin", marks=pytest.mark.slow),
+        pytest.param("import redepth.modeling.fields; import redepth.modeling.configuration", marks=pytest.mark.slow),
         pytest.param("import redepth.modeling.cache", marks=pytest.mark.slow),
         pytest.param("import redepth.modeling.blocks", marks=pytest.mark.slow),
     ],

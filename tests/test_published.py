@@ -14,7 +14,7 @@ from redepth.checkpoint.cost import count_parameters
 from redepth.checkpoint.inspect import cache_bytes_per_token, inspect
 from redepth.checkpoint.republish import republish
 from redepth.errors import RedepthError
-from redepth.modeling.published import RETROFIT_STATE_STD
+from redepth.modeling.published_kinds import RETROFIT_STATE_STD
 from redepth.surgery.create import create
 from redepth.surgery.presets import preset_config
 from tests.test_golden import FOLDER as HUGINN

@@ -1,5 +1,7 @@
 """Self-speculative decoding: the output of plain decoding, for every row of every batch."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,9 @@ from hypothesis import strategies as st
 from transformers import TextIteratorStreamer
 
 from redepth import RecurrentDepthForCausalLM
-from redepth.modeling import RecurrentStack
+from redepth.modeling import RecurrentStack, drafting
+from redepth.modeling.drafting import NarrowHead, drafter_of, dynamic, in_half, in_int8
+from redepth.modeling.ragged import RaggedRows
 from redepth.modeling.speculation import MOST_DRAFTED, draft_length
 from redepth.surgery.convert import plan_conversion
 from tests.tolerance import tolerance
@@ -68,6 +72,111 @@ def test_any_batch_at_any_draft(models, lengths: list[int], draft_steps: int, dr
         batch = batch_of(lengths)
         drafted = models[name].generate(**batch, **options, draft_steps=draft_steps, draft_tokens=draft_tokens)
         assert torch.equal(drafted, models[name].generate(**batch, **options))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3"])
+def test_narrow_drafts_change_nothing_but_the_time(models, name: str) -> None:
+    """Whatever kernel drafts, and for one row as for several, the deep pass decides."""
+    model = models[name]
+    for batch in (batch_of([4, 9, 6]), batch_of([7])):
+        plain = model.generate(**batch, **OPTIONS)
+        for make in (None, in_half, in_int8, dynamic):
+            with forced(model, make):
+                drafted = model.generate(**batch, **OPTIONS, draft_steps=2, draft_bits=8, return_dict_in_generate=True)
+            assert torch.equal(drafted.sequences, plain)
+            assert drafted.stats["accepted"] > 0
+
+
+@contextmanager
+def forced(model, make):
+    """Twins whose products are all made in one way, without their measured choice; None leaves the choice."""
+    drafting._TWINS.pop(model, None)
+    chosen = drafting.fastest
+
+    def wherever_it_fits(weight: torch.Tensor):
+        try:
+            return make(weight)
+        except RuntimeError:  # a kernel may take whole blocks of inputs alone
+            return drafting.unchanged(weight)
+
+    if make is not None:
+        drafting.fastest = lambda *shape: wherever_it_fits
+    try:
+        yield
+    finally:
+        drafting.fastest = chosen
+        drafting._TWINS.pop(model, None)
+
+
+def test_a_twin_shares_all_but_the_weights_it_reads(models) -> None:
+    model = models["qwen2"]
+    names, output = list(model.state_dict()), model(random_ids(1, 5), num_steps=3).logits
+    twin = drafter_of(model, 8)
+    assert twin is not model
+    assert drafter_of(model, None) is model
+    assert drafter_of(model, 8) is twin
+    assert twin.transformer.wte.weight is model.transformer.wte.weight
+    assert list(model.state_dict()) == names
+    assert torch.equal(model(random_ids(1, 5), num_steps=3).logits, output)
+    narrow = twin(random_ids(1, 5), num_steps=3).logits
+    assert 0 < (narrow - output).norm() < 0.1 * output.norm()
+    with torch.no_grad():
+        model.transformer.coda[0].mlp.fc.weight += 0
+    assert drafter_of(model, 8) is not twin
+
+
+@pytest.mark.parametrize("make", [in_half, in_int8, dynamic])
+def test_narrow_products_are_near_the_plain_ones(make) -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(96, 64), torch.randn(3, 64)
+    plain = x @ weight.T
+    assert (make(weight)(x) - plain).norm() < 0.03 * plain.norm()
+
+
+def test_the_likeliest_tokens_have_their_own_logits() -> None:
+    torch.manual_seed(0)
+    head, x = torch.nn.Linear(64, 500, bias=False), torch.randn(2, 3, 64)
+    with torch.no_grad():
+        got, plain = NarrowHead(head)(x), head(x)
+    assert torch.equal(got.argmax(-1), plain.argmax(-1))
+    top = plain.topk(8, dim=-1)
+    torch.testing.assert_close(got.gather(-1, top.indices), top.values)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_single_row_takes_the_way_of_plain_decoding(models, monkeypatch, name: str) -> None:
+    """Beside the general way over ragged rows, which is its reference; windows are shorter than the text."""
+    batch = {"inputs": random_ids(1, 9, seed=3)}
+    quick = models[name].generate(**batch, **OPTIONS, draft_steps=2, return_dict_in_generate=True)
+    monkeypatch.setattr(RaggedRows, "following_context", lambda *places: None)
+    slow = models[name].generate(**batch, **OPTIONS, draft_steps=2, return_dict_in_generate=True)
+    assert torch.equal(quick.sequences, slow.sequences)
+    assert {name: quick.stats[name] for name in ("rounds", "accepted")} == {
+        name: slow.stats[name] for name in ("rounds", "accepted")
+    }
+    caches = [output.past_key_values for output in (quick, slow)]
+    assert caches[0].get_seq_length() == caches[1].get_seq_length() == 26
+    for place, slot in caches[0].slots.items():
+        torch.testing.assert_close(slot.keys, caches[1].slots[place].keys, **tolerance(layers=17))
+
+
+def test_a_round_in_which_all_is_right_gives_one_token_more(zoo, monkeypatch) -> None:
+    """A model whose depths are all one; the last token of a round reaches the deep pass without a coda of its own."""
+    model, codas = plan_conversion(zoo["llama"], "0:2", "2:4", "5:6", adapter="inject").model(), []
+    run = RecurrentStack.run_coda
+    monkeypatch.setattr(
+        RecurrentStack, "run_coda", lambda self, state, *more: codas.append(state.shape[1]) or run(self, state, *more)
+    )
+    output = model.generate(
+        random_ids(1, 5),
+        **OPTIONS | {"max_new_tokens": 19},
+        draft_steps=1,
+        draft_tokens=5,
+        return_dict_in_generate=True,
+    )
+    assert output.stats["rounds"] == 3
+    assert output.stats["accepted"] == output.stats["drafted"] == 15
+    assert codas == [5] + 3 * [1, 1, 1, 1, 1, 6]
 
 
 def test_the_deep_pass_goes_on_from_the_draft(models, monkeypatch) -> None:
@@ -177,6 +286,8 @@ def test_draft_length_follows_the_acceptance() -> None:
         ({"draft_steps": 0}, "between 1 and num_steps - 1"),
         ({"draft_steps": 2, "draft_tokens": 0}, "draft_tokens must be at least 1"),
         ({"draft_tokens": 3}, "needs draft_steps"),
+        ({"draft_bits": 8}, "draft_bits needs draft_steps"),
+        ({"draft_steps": 2, "draft_bits": 4}, "draft_bits must be 8"),
         ({"draft_steps": 2, "criterion": "kl"}, "can't go with criterion"),
         ({"draft_steps": 2, "continuous_compute": True}, "can't go with continuous_compute"),
         ({"draft_steps": 2, "use_cache": False}, "can't go with use_cache=False"),

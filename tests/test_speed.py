@@ -1,5 +1,7 @@
-"""Gross regressions of speed: a token's time as a multiple of its own floor, in processor time, with generous bounds."""
+"""Gross regressions of speed in processor time, with generous bounds: a token's as a multiple of its own floor, a start's."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -32,3 +34,21 @@ def test_a_token_costs_little_more_than_its_products(rows: int, context: int) ->
     finally:
         torch.set_num_threads(threads)
     assert times["token"]["median"] < BOUNDS[rows, context] * times["floor"]["median"]
+
+
+# Seconds of processor time; 0.35, 0.35 and 0.5 were measured on a machine on which importing torch takes 2.
+STARTS = {"--help": 1.5, "inspect --nonsense": 1.5, "inspect {checkpoint}": 2.0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", STARTS)
+def test_the_command_line_starts_at_once(words: str) -> None:
+    checkpoint = Path(__file__).parent / "golden" / "huginn-tiny"
+    call = [sys.executable, "-m", "redepth", *words.format(checkpoint=checkpoint).split()]
+    times = []
+    for _ in range(3):
+        before = os.times()
+        subprocess.run(call, capture_output=True, check=False)
+        after = os.times()
+        times.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert min(times) < STARTS[words]

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from redepth.errors import RedepthError
 from redepth.evaluation.calibrate import exit_steps
 from redepth.modeling import RecurrentDepthForCausalLM
-from redepth.modeling.configuration import LRU_LAYER
 from redepth.modeling.exits import EXIT_TESTS
+from redepth.modeling.fields import LRU_LAYER
 from redepth.modeling.state import position_noise
 
 from .contraction import Stretch, largest_stretch

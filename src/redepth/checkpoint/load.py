@@ -11,12 +11,14 @@ from transformers import AutoTokenizer
 from redepth.errors import RedepthError, first_line, one_line
 from redepth.griffin import RecurrentGemmaForCausalLM
 from redepth.modeling import RecurrentDepthConfig, RecurrentDepthForCausalLM
-from redepth.modeling.published import BUILT_IN_TEXT, Kind, check_better_than_chance, complete_config
+from redepth.modeling.published import BUILT_IN_TEXT, check_better_than_chance, complete_config
+from redepth.modeling.published_kinds import Kind
 from redepth.modeling.quantizer import DepthQuantizationConfig
 from redepth.runtime import choose_device, parse_dtype
 
 from .checked import load_checked
 from .folder import CONFIG_FILE, CheckpointFolder
+from .recorded import find_folder
 from .sources import TOKENIZER_FILES
 
 MODEL_CLASSES: dict[str, Any] = {
@@ -173,17 +175,10 @@ def _recorded_type(name: str | Path, revision: str | None = None) -> Any:
 
 
 def _model_type(name: str | Path, known: tuple[str, ...], revision: str | None = None) -> str:
-    text = str(name)
-    folder = Path(text).expanduser()
-    if folder.is_dir():
-        CheckpointFolder(folder).settle()
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise RedepthError(f"{text!r} has no config.json; give a folder made by redepth convert")
-    if not folder.exists() and (text.startswith((".", "/", "~")) or text.count("/") != 1):
-        raise RedepthError(f"checkpoint {text!r} does not exist; make one with redepth convert")
-    model_type = _recorded_type(folder if folder.exists() else text, revision)
+    folder = find_folder(name)
+    model_type = _recorded_type(folder if folder is not None else str(name), revision)
     if model_type not in known:
         raise RedepthError(
-            f"{text!r} is a {model_type!r} checkpoint, not a recurrent one; convert it with redepth convert first"
+            f"{str(name)!r} is a {model_type!r} checkpoint, not a recurrent one; convert it with redepth convert first"
         )
     return model_type

@@ -64,6 +64,10 @@ def command(
     draft_tokens: Annotated[
         int | None, typer.Option(help="Tokens drafted at a time; by default it follows how many were accepted.")
     ] = None,
+    draft_bits: Annotated[
+        int | None,
+        typer.Option(help="8: draft with a copy of the weights in 8 bits; the same text, sooner, more memory."),
+    ] = None,
     sampler: Annotated[
         str | None, typer.Option(help="wavefront: many tokens advance at once; not lossless, reports its agreement.")
     ] = None,
@@ -94,6 +98,7 @@ def command(
         "cache_rule": cache_rule,
         "draft_steps": draft_steps,
         "draft_tokens": draft_tokens,
+        "draft_bits": draft_bits,
         "sampler": sampler,
         "headway": headway,
         "inner_steps": inner_steps,

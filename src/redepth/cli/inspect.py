@@ -39,6 +39,13 @@ def command(
     block = ", ".join(f"{key} {value}" for key, value in report["block"].items() if value is not None)
     results.print(f"block: {block}")
     results.print(f"initial state {report['initial_state']}, {report['dtype']}, up to {report['max_tokens']:,} tokens")
+    weights = report["weights"]
+    if weights:
+        results.print(
+            f"weights: {weights['bytes']:,} bytes, {weights['tensors']:,} tensors in {weights['files']} files"
+        )
+    if report["verified"] is not None:
+        results.print("verified against its source" if report["verified"] else "failed to verify against its source")
     if report["quantization"]:
         results.print(f"quantised: {report['quantization']}")
     healed = f", healed on {report['healed_tokens']:,} tokens" if report["healed_tokens"] else ""

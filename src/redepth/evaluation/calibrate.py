@@ -253,7 +253,7 @@ def fitted_heads(found: Measurement, picks: torch.Tensor) -> dict[str, Any] | No
             continue
         measured = torch.cat(found.courses[name], dim=1)
         head = fit_head(test, directions, seen.flatten(0, 1), measured.flatten())
-        as_test = replace(test, of_logits=False, measure=head, streak=1)
+        as_test = replace(test, of_logits=False, measure=head, streak=1, remembers=None)
         course = seen @ head.weights
         chosen = {
             label: loosest_threshold(as_test, course, picks, wanted) for label, wanted in WANTED_AGREEMENTS.items()

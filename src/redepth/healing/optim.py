@@ -10,7 +10,7 @@ from transformers.training_args import OptimizerNames
 
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthForCausalLM
-from redepth.modeling.configuration import GROUP_MODULES
+from redepth.modeling.fields import GROUP_MODULES
 
 from .recipe import HealRecipe
 

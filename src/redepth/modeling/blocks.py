@@ -10,8 +10,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import attend, attention_map
 from .attention_backward import ProcessorAttention, gains_from_own_backward
-from .configuration import LRU_LAYER, RecurrentDepthConfig
+from .configuration import RecurrentDepthConfig
 from .elementwise import RMSNorm, times
+from .fields import LRU_LAYER
 from .lru_mixer import LruBlock, Timeline, scan_on
 from .lru_slots import TokenWrites
 from .passes import PassContext

@@ -1,9 +1,7 @@
 """What each field of a configuration may hold: one table, checked before anything is derived from the configuration."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
-
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .cache_rules import parse_cache_rule
 from .errors import UserError
@@ -17,6 +15,8 @@ ABOVE_ZERO_OR_NULL = "query_scale attn_logit_softcapping final_logit_softcapping
 NOT_NEGATIVE_OR_NULL = "state_std state_scale"
 SWITCHES = "tie_embeddings use_cache qkv_bias qk_bias proj_bias mlp_bias norm_before_coda state_gate"
 TABLES_OR_NULL = "rope_parameters depth_profile init_values"
+# The kinds of rotary positions that transformers knew when this was written; a configuration asks it for today's.
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 CHOICES: dict[str, tuple[Any, ...]] = {
     "norm_placement": ("pre", "post", "sandwich", "huginn"),
     "norm_weight": ("plain", "one_plus"),
@@ -68,14 +68,14 @@ def check_fields(config: Any) -> None:
     _check_profile(config.depth_profile)
 
 
-def check_rope(parameters: Mapping[str, Any] | None) -> None:
+def check_rope(parameters: Mapping[str, Any] | None, known: Collection[str] = ROPE_TYPES) -> None:
     """Raises UserError for rotary parameters of no known kind or without a base; one table, or one by layer type."""
     by_layer_type = [one for one in (parameters or {}).values() if isinstance(one, Mapping)]
     for one in by_layer_type or [parameters or {"rope_type": "default", "rope_theta": 1.0}]:
         kind, base = one.get("rope_type"), one.get("rope_theta")
-        if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
-            known = ", ".join(("default", *ROPE_INIT_FUNCTIONS))
-            raise UserError(f"rope_parameters has the rope_type {kind!r}, but it must be one of {known}")
+        if kind not in known:
+            names = ", ".join(dict.fromkeys(known))
+            raise UserError(f"rope_parameters has the rope_type {kind!r}, but it must be one of {names}")
         if base is None or not _is_number(base) or base <= 0:
             raise UserError(f"rope_parameters has the rope_theta {base!r}, but it must be a number above 0")
 

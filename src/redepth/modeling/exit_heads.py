@@ -73,4 +73,4 @@ def calibrated_head(profile: dict[str, Any], test: ExitTest, label: str, width: 
     if heads is None or found is None or found["thresholds"].get(label) is None:
         return None
     head = ExitHead(from_text(heads["directions"], width), torch.tensor(found["weights"]))
-    return replace(test, of_logits=False, measure=head, streak=1), found["thresholds"][label]
+    return replace(test, of_logits=False, measure=head, streak=1, remembers=None), found["thresholds"][label]

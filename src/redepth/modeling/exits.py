@@ -6,7 +6,7 @@ V vocabulary.
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from inspect import signature
 from typing import Any
 
@@ -18,8 +18,11 @@ from .extensions import is_import_path, load_extension, registered_names
 
 EXIT_TEST_GROUP = "redepth.exit_tests"  # of entry points
 TOKENS_AT_ONCE = 64  # whose logits are widened to fp32
+# A larger table of one step's logits is not kept: they are made again from what the coda left, at the price of the head.
+LARGEST_TABLE = 256 * 2**20  # bytes
 
-# (new, old) → what is compared with the threshold, `[N]`; states are [N, D], logits [N, V] in fp32.
+# (new, old) → what is compared with the threshold, `[N]`; states are [N, D], logits [N, V] in fp32, or what a test
+# remembers of them.
 Measure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -31,6 +34,7 @@ class ExitTest:
         of_logits: whether the test looks at logits, which costs a pass through coda and head at every step, or at states.
         threshold: the default, what `auto` means.
         streak: how many steps in a row have to pass; where it is None, the threshold is that number.
+        remembers: states or logits → all that `measure` needs of a step, `[N, …]`; without it, they themselves.
     """
 
     name: str
@@ -38,6 +42,7 @@ class ExitTest:
     threshold: float
     measure: Measure
     streak: int | None = 1
+    remembers: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def compare(self, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
         """The measure of N tokens, `[N]`, from their states `[N, D]` or logits `[N, V]` after this step and the one before.
@@ -45,6 +50,10 @@ class ExitTest:
         Raises:
             ValueError: where the measure gives anything else.
         """
+        return self.measured(*(new, old) if self.remembers is None else (self.remembers(new), self.remembers(old)))
+
+    def measured(self, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+        """As `compare`, of what is remembered of both steps."""
         measured: Any = self.measure(new, old)
         if not isinstance(measured, torch.Tensor) or measured.shape != new.shape[:1]:
             got = list(measured.shape) if isinstance(measured, torch.Tensor) else type(measured).__name__
@@ -60,13 +69,15 @@ def kl(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
     return (log_new.exp() * (log_new - log_old)).sum(-1)
 
 
-def entropy_difference(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    """|H(p_i) − H(p_{i−1})|, in nats."""
-    entropies = []
-    for logits in (new, old):
-        log_p = F.log_softmax(logits, dim=-1)
-        entropies.append(-(log_p.exp() * log_p).sum(-1))
-    return (entropies[0] - entropies[1]).abs()
+def entropy(logits: torch.Tensor) -> torch.Tensor:
+    """H(p) of the next-token distributions, in nats."""
+    log_p = F.log_softmax(logits, dim=-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def difference(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """|H(p_i) − H(p_{i−1})|, in nats, of the two entropies."""
+    return (new - old).abs()
 
 
 def latent_difference(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
@@ -79,20 +90,25 @@ def cosine_distance(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
     return 1 - F.cosine_similarity(new, old, dim=-1)
 
 
-def changed_argmax(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+def argmax(logits: torch.Tensor) -> torch.Tensor:
+    """The likeliest token."""
+    return logits.argmax(-1)
+
+
+def changed(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
     """Whether the likeliest token changed: 0 or 1."""
-    return (new.argmax(-1) != old.argmax(-1)).float()
+    return (new != old).float()
 
 
 EXIT_TESTS = {
     test.name: test
     for test in (
         ExitTest("kl", True, 5e-4, kl),
-        ExitTest("entropy-diff", True, 1e-3, entropy_difference),
+        ExitTest("entropy-diff", True, 1e-3, difference, remembers=entropy),
         ExitTest("latent-diff", False, 0.03, latent_difference),
         ExitTest("cosine", False, 1e-3, cosine_distance),
         # The threshold is the number of steps in a row without a change.
-        ExitTest("argmax-stability", True, 5, changed_argmax, streak=None),
+        ExitTest("argmax-stability", True, 5, changed, streak=None, remembers=argmax),
     )
 }
 
@@ -134,9 +150,10 @@ def _as_exit_test(given: Any, name: str, said: str) -> ExitTest:
     """
     if isinstance(given, ExitTest):
         return given
-    if all(hasattr(given, field.name) for field in fields(ExitTest)):
+    if all(hasattr(given, field.name) for field in fields(ExitTest) if field.default is MISSING):
         # The code in a checkpoint has a class of its own, which an extension knows nothing of.
-        return ExitTest(**{field.name: getattr(given, field.name) for field in fields(ExitTest)})
+        known = {field.name: getattr(given, field.name) for field in fields(ExitTest) if hasattr(given, field.name)}
+        return ExitTest(**known)
     if not callable(given):
         raise UserError(f"{said} is of type {type(given).__name__}; give a function or an ExitTest")
     try:
@@ -166,6 +183,8 @@ class ExitTracker:
         # A test whose threshold counts steps passes at a step where its measure is zero.
         self.threshold = threshold if test.streak is not None else 0.5
         self._old: torch.Tensor | None = None
+        # Whether `_old` holds what the head makes logits of, and not what is remembered of them.
+        self._makes_again = False
         self._streak: torch.Tensor | None = None
 
     def looks_at(self, step: int) -> bool:
@@ -195,14 +214,27 @@ class ExitTracker:
         if self._streak is None:
             self._streak = torch.zeros(count, device=new.device)
         is_first, left = self._old is None, []
-        # fp32 is for a few tokens at once; the table of the step before keeps the dtype in which it was made.
+        # fp32 is for a few tokens at once; what is kept of the step before has the dtype in which it was made.
         for part, these in zip(new.split(TOKENS_AT_ONCE), tokens.split(TOKENS_AT_ONCE), strict=True):
             looked_at = head(part) if head is not None else part
+            kept = looked_at if self.test.remembers is None else self.test.remembers(looked_at.float())
             if self._old is None:
-                self._old = looked_at.new_empty(count, looked_at.shape[-1])
+                whole_table = head is not None and self.test.remembers is None
+                self._makes_again = whole_table and count * kept[0].nbytes > LARGEST_TABLE
+                pattern = part if self._makes_again else kept
+                self._old = pattern.new_empty(count, *pattern.shape[1:])
             if not is_first:
-                passed = self.test.compare(looked_at.float(), self._old[these].float()) < self.threshold
+                old = self._old[these]
+                if self._makes_again:
+                    assert head is not None
+                    old = head(old)
+                passed = self._measured(kept, old) < self.threshold
                 self._streak[these] = torch.where(passed, self._streak[these] + 1, 0.0)
-            self._old[these] = looked_at
+            self._old[these] = part if self._makes_again else kept
             left.append((self._streak[these] >= self.streak_needed) & (step >= self.min_steps) & (not is_first))
         return torch.cat(left)
+
+    def _measured(self, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+        if self.test.remembers is None:
+            return self.test.measured(new.float(), old.float())
+        return self.test.measured(new, old)

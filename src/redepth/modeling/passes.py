@@ -13,8 +13,9 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.utils import is_tracing
 
 from .cache import RecurrentDepthCache
-from .configuration import LRU_LAYER, RecurrentDepthConfig
+from .configuration import RecurrentDepthConfig
 from .errors import UserError
+from .fields import LRU_LAYER
 from .lru_slots import ReadingOrder, reading_order
 from .rotary import rotations
 from .tokens import TokenSubset, surely
@@ -355,4 +356,35 @@ def ragged_context(
         subset=TokenSubset(
             torch.arange(len(places), device=places.device), places - start, real, len(places), end - start
         ),
+    )
+
+
+def following_context(config: RecurrentDepthConfig, cache: RecurrentDepthCache, positions: torch.Tensor) -> PassContext:
+    """The context of new tokens of one row without padding, which follow what the cache holds.
+
+    Args:
+        positions: `[1, T]`, of the new tokens.
+
+    Raises:
+        ValueError: for more tokens than the model allows.
+    """
+    past, tokens, device = cache.get_seq_length(), positions.shape[1], positions.device
+    check_length(config, past + tokens)
+    attention = written_kind(config)
+    kinds = sorted(set(config.layer_types or ["full_attention"]))
+    causal_by_itself = attention == "sdpa" and (tokens == 1 or device.type == "cpu")
+    masks: dict[str, torch.Tensor | None] = {}
+    for kind in kinds:
+        window = config.sliding_window if kind == "sliding_attention" else None
+        if causal_by_itself and (window is None or past + tokens <= window):
+            masks[kind] = None
+            continue
+        reads = torch.ones(tokens, past + tokens, dtype=torch.bool, device=device).tril(past)
+        masks[kind] = (reads if window is None else reads.triu(past - window + 1))[None, None]
+    return PassContext(
+        masks=masks,
+        rotations={kind: rotations(config, positions, kind) for kind in kinds},
+        cache=cache,
+        position_ids=positions,
+        attention=attention,
     )

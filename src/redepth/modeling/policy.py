@@ -124,6 +124,7 @@ class DepthPolicy:
         min_steps: steps that every token runs under a test.
         draft_steps, draft_tokens: of self-speculative decoding; None where no tokens are drafted, or where as many are
             drafted as pay off.
+        draft_bits: of the weights that draft; None for the model's own.
         wavefront: settings of the wavefront sampler; None where it is not asked for.
         cache_rule: which step of an earlier token is read at each step.
         state_seed: seed of a noise state; None for the config's, or in training for fresh noise.
@@ -138,6 +139,7 @@ class DepthPolicy:
     min_steps: int = 1
     draft_steps: int | None = None
     draft_tokens: int | None = None
+    draft_bits: int | None = None
     wavefront: Wavefront | None = None
     state_seed: int | None = None
     continuous_compute: bool = False
@@ -153,6 +155,7 @@ class DepthPolicy:
         min_steps: int | None = None,
         draft_steps: int | None = None,
         draft_tokens: int | None = None,
+        draft_bits: int | None = None,
         sampler: str | None = None,
         headway: int | None = None,
         inner_steps: int | None = None,
@@ -180,6 +183,7 @@ class DepthPolicy:
             draft_steps: draft tokens with this few steps and verify them with `num_steps` in one pass (self-speculative
                 decoding): the same output, or the same distribution, sooner.
             draft_tokens: how many are drafted at a time; by default it follows how many were accepted.
+            draft_bits: 8 to draft with a copy of the weights in 8 bits, or 16 where those are faster; see `drafting`.
             sampler: `wavefront`: all unsettled tokens advance together, a few steps each; not lossless.
             headway, inner_steps, noise_mix, max_wavefront, report_agreement: its settings, see `Wavefront`.
             cache_rule: a rule or a published alias, see `RecurrentDepthCache`.
@@ -207,8 +211,9 @@ class DepthPolicy:
             "report_agreement": report_agreement,
         }
         settings = {name: value for name, value in settings.items() if value is not None}
-        if draft_tokens is not None and draft_steps is None:
-            raise UserError("draft_tokens needs draft_steps; give the depth of the draft")
+        for name, value in (("draft_tokens", draft_tokens), ("draft_bits", draft_bits)):
+            if value is not None and draft_steps is None:
+                raise UserError(f"{name} needs draft_steps; give the depth of the draft")
         if draft_steps is not None or sampler is not None:
             name = "draft_steps" if sampler is None else f"sampler={sampler!r}"
             excluded = ["criterion"] if criterion is not None else []
@@ -248,6 +253,8 @@ class DepthPolicy:
                 raise UserError(f"draft_steps must be between 1 and num_steps - 1 ({total - 1}), got {draft_steps!r}")
             if draft_tokens is not None and (not _is_integer(draft_tokens) or draft_tokens < 1):
                 raise UserError(f"draft_tokens must be at least 1, got {draft_tokens!r}")
+            if draft_bits not in (None, 8):
+                raise UserError(f"draft_bits must be 8, got {draft_bits!r}; leave it out for the model's own weights")
         if state_seed is not None and not _is_integer(state_seed):
             raise UserError(f"state_seed takes an integer, got {state_seed!r}")
         return cls(
@@ -259,6 +266,7 @@ class DepthPolicy:
             min_steps=least,
             draft_steps=draft_steps,
             draft_tokens=draft_tokens,
+            draft_bits=draft_bits,
             wavefront=wavefront,
             state_seed=state_seed,
             continuous_compute=bool(continuous_compute),
@@ -287,7 +295,7 @@ class DepthPolicy:
 
     def one_pass(self) -> "DepthPolicy":
         """The same depth for one forward pass, without drafts or sampler."""
-        return replace(self, draft_steps=None, draft_tokens=None, wavefront=None)
+        return replace(self, draft_steps=None, draft_tokens=None, draft_bits=None, wavefront=None)
 
     def __str__(self) -> str:
         """The choices in one line, named like the keywords."""
@@ -297,6 +305,7 @@ class DepthPolicy:
             said |= {"criterion": self.test.name, "exit_threshold": self.threshold, "min_steps": self.min_steps}
         if self.draft_steps is not None:
             said |= {"draft_steps": self.draft_steps, "draft_tokens": self.draft_tokens or "adapted"}
+            said |= {} if self.draft_bits is None else {"draft_bits": self.draft_bits}
         if self.wavefront is not None:
             said |= {"sampler": "wavefront"} | asdict(self.wavefront)
         said["cache_rule"] = self.cache_rule.name

@@ -12,7 +12,8 @@ from .blocks import Attention
 from .configuration import RecurrentDepthConfig
 from .elementwise import RMSNorm
 from .lru_mixer import GATE_VARIANCE, RGLRU
-from .published import Kind, complete_config
+from .published import complete_config
+from .published_kinds import Kind
 from .quantizer import DepthQuantizationConfig
 from .state import StateGate, gate_start
 

@@ -16,9 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from .errors import UserError
+from .quantization import DYNAMIC, WEIGHT_ONLY
 from .quantized_weights import QuantizedWeights, dequantize, int4_levels, quantize, round_activations, stored_shapes
 
-WEIGHT_ONLY, DYNAMIC = "weight-only", "dynamic"
 # Numbers of tokens at which kernels are timed; each stands for those around it, see `_bucket`.
 TIMED_TOKENS = (1, 8, 64, 512)
 BUCKET_ENDS = (2, 22, 181)
@@ -26,6 +26,7 @@ CLEARLY = 1.1  # a plain product takes over where it is this many times as fast
 TIMED_RUNS = 5
 # Without VNNI instructions, sums of two 8-bit products overflow 16 bits; activations of 7 bits are safe.
 ACTIVATION_LEVELS = 127 if torch.cpu._is_vnni_supported() else 63
+INT8_KERNEL_BLOCK = 32
 INT4_KERNEL_GROUPS = (32, 64, 128, 256)
 
 # Some inputs `[M, K]` in, their product with the weights `[M, N]` out, in the inputs' dtype.
@@ -86,6 +87,8 @@ class PackedInt8:
 
     def __init__(self, stored: QuantizedWeights, inputs: int, dtype: torch.dtype) -> None:
         assert stored.scale is not None
+        if inputs % INT8_KERNEL_BLOCK:
+            raise RuntimeError("the kernel reads whole blocks of inputs, and beyond the end of others")
         self.weight, self.scale = stored.weight, stored.scale.bfloat16()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

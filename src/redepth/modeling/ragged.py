@@ -10,7 +10,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .cache import RecurrentDepthCache
 from .errors import UserError
-from .passes import PassContext, ragged_context
+from .passes import PassContext, following_context, ragged_context
 from .policy import DepthPolicy
 from .tokens import check_numbers
 
@@ -75,6 +75,7 @@ class RaggedRows:
         known = self.cache.padding_mask
         self.seen = known.bool() if known is not None else torch.ones_like(self.ids[:, : self.start], dtype=torch.bool)
         self.first_position = positions[:, -1] + 1 if positions is not None else self.seen.sum(1)
+        self.is_single = len(self.ids) == 1 and bool(self.seen.all())
         return output.logits[:, -1]
 
     def context(self, places: torch.Tensor, real: torch.Tensor) -> PassContext:
@@ -88,6 +89,22 @@ class RaggedRows:
         """
         positions = self.first_position[:, None] + places - self.start
         return ragged_context(self.model.config, self.cache, self.seen, places, positions, real)
+
+    def following_context(self, first: int, tokens: int) -> PassContext | None:
+        """The same for tokens at places that follow one another, of a single row without padding: as plain decoding does it.
+
+        Its keys and values are written side by side, after those of the places before `first`, whatever lay there.
+
+        Returns:
+            None for other rows.
+        """
+        if not self.is_single:
+            return None
+        self.cache.length = first
+        positions = (
+            self.first_position[:, None] + torch.arange(first, first + tokens, device=self.ids.device) - self.start
+        )
+        return following_context(self.model.config, self.cache, positions)
 
     def processed(self, logits: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Logits `[B, V]` as `generate`'s processors leave them for rows of these lengths, in fp32."""
@@ -127,6 +144,7 @@ class RaggedRows:
         width = int(self.lengths.max())
         beyond = torch.arange(self.ids.shape[1], device=self.ids.device) >= self.lengths[:, None]
         ids = self.ids.masked_fill(beyond, self.pad)[:, :width]
+        self.cache.length = self.start
         self.cache.settle(self.lengths - 1, steps_run)
         if not self.settings.return_dict_in_generate:
             return ids

@@ -2,34 +2,44 @@
 
 Draft and target are the same model at two depths. At steps up to `draft_steps` a drafted token's states, keys and values are
 what plain decoding would compute, so the deep pass continues from them instead of starting again; only the coda is run
-twice. Acceptance is Leviathan et al. 2023, algorithm 1: what is emitted has the distribution of the deep model.
+twice. Where the draft reads narrow weights (`drafting`) they are not, and the deep pass runs every step itself, over the keys
+and values that the draft left. Acceptance is Leviathan et al. 2023, algorithm 1: what is emitted has the distribution of the
+deep model.
+
+Shapes: B rows, k drafted tokens of each, V vocabulary.
 """
 
 from typing import Any
 
 import torch
 
+from .configuration import RecurrentDepthConfig
+from .drafting import drafter_of
+from .passes import PassContext
 from .policy import DepthPolicy
 from .ragged import RaggedRows
 
-MOST_DRAFTED = 16
+MOST_DRAFTED = 32
 START_RATE = 0.8  # the acceptance rate assumed before the first round
+START_WEIGHT = 4  # as if it had been seen on so many drafted tokens
 MEMORY = 0.9  # the weight of the old estimate after a round
+# What a further token adds to a pass, as a share of the pass over one: a processor computes, but reads its weights once.
+TOKEN_COST = 0.05
+NARROW_COST = 0.5  # of a pass with narrow weights
 
 
 def draft_length(rate: float, draft_cost: float, verify_cost: float) -> int:
     """How many tokens to draft so that most tokens come out per unit of time.
 
-    A round of k drafts gives (1 − rate^k) / (1 − rate) tokens on average for k shallow passes and a deep one, whose
-    time hardly depends on k where it is spent reading weights.
+    A round of k drafts gives (1 − rate^(k + 1)) / (1 − rate) tokens on average for k shallow passes and a deep one.
 
     Args:
         rate: the chance that a drafted token is accepted.
-        draft_cost, verify_cost: of one pass, in layers.
+        draft_cost, verify_cost: of one pass over one token, in layers.
     """
 
     def tokens_for_cost(k: int) -> float:
-        return sum(rate**i for i in range(k)) / (k * draft_cost + verify_cost)
+        return sum(rate**i for i in range(k + 1)) / (k * draft_cost + verify_cost * (1 + TOKEN_COST * k))
 
     return max(range(1, MOST_DRAFTED + 1), key=tokens_for_cost)
 
@@ -42,42 +52,79 @@ def choose(rows: RaggedRows, scores: torch.Tensor) -> torch.Tensor:
 
 
 class DraftRound:
-    """One round: k drafted tokens for every row, `[B, k]`, and what the deep model makes of them."""
+    """One round: k drafted tokens for every row, `[B, k]`, and what the deep model makes of them and of the token after.
 
-    def __init__(self, rows: RaggedRows, k: int, policy: DepthPolicy) -> None:
-        model, stack = rows.model, rows.model.transformer
-        assert policy.draft_steps is not None
+    Args:
+        drafter: makes the drafts: the model itself, or its twin.
+    """
+
+    def __init__(self, rows: RaggedRows, k: int, policy: DepthPolicy, drafter: Any) -> None:
+        self.rows, self.policy = rows, policy
         # The last token of each row is not in the cache yet: it is the first to run.
-        places = (rows.lengths - 1)[:, None] + torch.arange(k, device=rows.ids.device)
+        places = (rows.lengths - 1)[:, None] + torch.arange(k + 1, device=rows.ids.device)
         # The token at the very last place is never run.
-        real = (places < rows.ids.shape[1] - 1) & rows.running[:, None]
-        places = places.clamp(max=rows.ids.shape[1] - 2)
-        embeddeds, states, self.drafted, self.drafted_from = [], [], [], []
-        for i in range(k):
-            context = rows.context(places[:, i : i + 1], real[:, i : i + 1])
-            token = rows.ids.gather(1, places[:, i : i + 1])
-            embedded = stack.run_prelude(stack.embed(token), context)
-            state = stack.initial_state(embedded, context.position_ids, policy.state_seed)
-            state = stack.run_fixed(embedded, state, context, policy.draft_steps)
-            scores = rows.processed(model.read_logits(state, context)[:, 0], places[:, i] + 1)
-            chosen = choose(rows, scores)
-            next_places = places[:, i : i + 1] + 1
-            chosen = torch.where(real[:, i], chosen, rows.ids.gather(1, next_places)[:, 0])
-            rows.ids.scatter_(1, next_places, chosen[:, None])
-            embeddeds.append(embedded)
-            states.append(state)
-            self.drafted.append(chosen)
-            self.drafted_from.append(scores)
-        context = rows.context(places, real)
-        embedded, state = torch.cat(embeddeds, dim=1), torch.cat(states, dim=1)
-        state = stack.run_fixed(embedded, state, context, policy.num_steps, first=policy.draft_steps + 1)
-        logits = model.read_logits(state, context)
-        self.wanted = [rows.processed(logits[:, i], places[:, i] + 1) for i in range(k)]
+        self.real = (places < rows.ids.shape[1] - 1) & rows.running[:, None]
+        self.places = places.clamp(max=rows.ids.shape[1] - 2)
+        self.drafted: list[torch.Tensor] = []
+        self.drafted_from: list[torch.Tensor] = []
+        begun = [self._draft(drafter, index) for index in range(k)]
+        # What the model itself has drafted is the beginning of its deep pass; the last token gets there without a coda.
+        logits = self._verify([*begun, self._shallow(drafter, k)[:2]] if drafter is rows.model else None)
+        self.wanted = [rows.processed(logits[:, i], self.places[:, i] + 1) for i in range(k + 1)]
 
-    def emitted(self, row: int, do_sample: bool) -> tuple[list[int], int]:
+    def _begin(self, model: Any, first: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor, PassContext]:
+        """e and s_0 of some of the round's tokens, `[B, tokens, D]`, and their context."""
+        context, stack = self._context(first, tokens), model.transformer
+        ids = self.rows.ids.gather(1, self.places[:, first : first + tokens])
+        embedded = stack.run_prelude(stack.embed(ids), context)
+        return embedded, stack.initial_state(embedded, context.position_ids, self.policy.state_seed), context
+
+    def _shallow(self, model: Any, index: int) -> tuple[torch.Tensor, torch.Tensor, PassContext]:
+        """e and the state at the draft's depth of one token of each row, `[B, 1, D]`, and the context."""
+        assert self.policy.draft_steps is not None
+        embedded, state, context = self._begin(model, index, 1)
+        return embedded, model.transformer.run_fixed(embedded, state, context, self.policy.draft_steps), context
+
+    def _draft(self, drafter: Any, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Let the token after one of the round's be drafted; returns e and the state that this took, `[B, 1, D]`."""
+        embedded, state, context = self._shallow(drafter, index)
+        ids, places = self.rows.ids, self.places[:, index] + 1
+        scores = self.rows.processed(drafter.read_logits(state, context)[:, 0], places)
+        chosen = choose(self.rows, scores)
+        chosen = torch.where(self.real[:, index], chosen, ids.gather(1, places[:, None])[:, 0])
+        ids.scatter_(1, places[:, None], chosen[:, None])
+        self.drafted.append(chosen)
+        self.drafted_from.append(scores)
+        return embedded, state
+
+    def _verify(self, begun: list[tuple[torch.Tensor, torch.Tensor]] | None) -> torch.Tensor:
+        """The deep model's logits after each of the round's tokens, `[B, k + 1, V]`.
+
+        Args:
+            begun: e and the state at the draft's depth of each of them; None where the deep pass runs every step.
+        """
+        model, tokens, done = self.rows.model, self.places.shape[1], 0
+        if begun is None:
+            embedded, state, context = self._begin(model, 0, tokens)
+        else:
+            assert self.policy.draft_steps is not None
+            embedded, state = (torch.cat(parts, dim=1) for parts in zip(*begun, strict=True))
+            context, done = self._context(0, tokens), self.policy.draft_steps
+        state = model.transformer.run_fixed(embedded, state, context, self.policy.num_steps, first=done + 1)
+        return model.read_logits(state, context)
+
+    def _context(self, first: int, tokens: int) -> PassContext:
+        following = self.rows.following_context(int(self.rows.lengths[0]) - 1 + first, tokens)
+        if following is not None:
+            return following
+        these = slice(first, first + tokens)
+        return self.rows.context(self.places[:, these], self.real[:, these])
+
+    def emitted(self, row: int) -> tuple[list[int], int]:
         """The tokens that this round gives a row, and how many of them were drafted."""
         tokens: list[int] = []
-        for drafted, from_scores, wanted in zip(self.drafted, self.drafted_from, self.wanted, strict=True):
+        do_sample = self.rows.settings.do_sample
+        for drafted, from_scores, wanted in zip(self.drafted, self.drafted_from, self.wanted, strict=False):
             token = int(drafted[row])
             if not do_sample:
                 right = int(wanted[row].argmax())
@@ -89,7 +136,8 @@ class DraftRound:
                     rest = (p - q).clamp(min=0)
                     return [*tokens, int(torch.multinomial(rest / rest.sum(), 1))], len(tokens)
             tokens.append(token)
-        return tokens, len(tokens)
+        # Every draft was right, so what the deep model says after the last of them counts as well.
+        return [*tokens, int(choose(self.rows, self.wanted[-1][row : row + 1]))], len(tokens)
 
 
 @torch.no_grad()
@@ -115,27 +163,38 @@ def speculative_decoding(
     """
     policy: DepthPolicy = prepared["policy"]
     rows = RaggedRows(model, input_ids, prepared | {"streamer": streamer})
-    config, do_sample, draft_steps = model.config, rows.settings.do_sample, policy.draft_steps
-    assert draft_steps is not None
-    draft_cost = config.n_layers_in_prelude + draft_steps * config.n_layers_in_recurrent_block + config.n_layers_in_coda
-    verify_cost = (policy.num_steps - draft_steps) * config.n_layers_in_recurrent_block + config.n_layers_in_coda
+    drafter = drafter_of(model, policy.draft_bits)
+    draft_cost, verify_cost = costs(model.config, policy, drafter is not model)
     first = choose(rows, rows.processed(rows.prefill(policy), rows.lengths))
     for row, token in enumerate(first.tolist()):
         rows.append(row, [token])
-    rate, rounds, drafted, accepted = START_RATE, 0, 0, 0
+    rounds = drafted = accepted = 0
+    seen, right = float(START_WEIGHT), START_RATE * START_WEIGHT
     while bool(rows.running.any()):
         room = rows.ids.shape[1] - int(rows.lengths[rows.running].min())
-        k = min(policy.draft_tokens or draft_length(rate, draft_cost, verify_cost), room)
+        k = min(policy.draft_tokens or draft_length(right / seen, draft_cost, verify_cost), room - 1)
         running = int(rows.running.sum())
-        one = DraftRound(rows, k, policy)
+        one = DraftRound(rows, k, policy, drafter)
         kept = tried = 0
         for row in rows.running.nonzero()[:, 0].tolist():
-            tokens, agreed = one.emitted(row, do_sample)
+            tokens, agreed = one.emitted(row)
             kept, tried = kept + agreed, tried + min(agreed + 1, k)
             rows.append(row, tokens[: rows.ids.shape[1] - int(rows.lengths[row])])
         rounds, drafted, accepted = rounds + 1, drafted + k * running, accepted + kept
-        rate = MEMORY * rate + (1 - MEMORY) * kept / tried
+        seen, right = MEMORY * seen + tried, MEMORY * right + kept
     steps_run = torch.full(
         (len(input_ids), int(rows.lengths.max()) - 1 - rows.start), policy.num_steps, device=input_ids.device
     )
     return rows.finish(steps_run, {"rounds": rounds, "drafted": drafted, "accepted": accepted})
+
+
+def costs(config: RecurrentDepthConfig, policy: DepthPolicy, narrow: bool) -> tuple[float, float]:
+    """Of a draft and of a deep pass over one token, in layers; the head counts as what its weights are in layers."""
+    assert policy.draft_steps is not None
+    layer = 4 * config.n_embd**2 + 3 * config.n_embd * config.intermediate_size
+    ends = config.n_layers_in_prelude + config.n_layers_in_coda + config.vocab_size * config.n_embd / layer
+    core = config.n_layers_in_recurrent_block
+    draft = ends + policy.draft_steps * core
+    if narrow:
+        return NARROW_COST * draft, ends + policy.num_steps * core
+    return draft, ends - config.n_layers_in_prelude + (policy.num_steps - policy.draft_steps) * core

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from redepth.errors import RedepthError, one_line
-from redepth.modeling.configuration import LRU_LAYER
+from redepth.modeling.fields import LRU_LAYER
 
 
 class Derived(BaseModel):

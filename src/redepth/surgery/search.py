@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from redepth.checkpoint.sources import Source
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthConfig
-from redepth.modeling.configuration import GROUP_MODULES
+from redepth.modeling.fields import GROUP_MODULES
 from redepth.modeling.loss import chunked_cross_entropy
 
 from .convert import Conversion, plan_conversion

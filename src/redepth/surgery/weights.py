@@ -8,7 +8,7 @@ import torch
 from redepth.checkpoint.shards import HEAD
 from redepth.errors import RedepthError
 from redepth.modeling import RecurrentDepthConfig
-from redepth.modeling.configuration import GROUP_MODULES
+from redepth.modeling.fields import GROUP_MODULES
 from redepth.modeling.state import gate_start
 
 from .families import Family
