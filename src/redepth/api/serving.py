@@ -4,13 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from redepth.errors import RedepthError
+from redepth.serving.limits import DRAIN_SECONDS, MAX_ROWS, MAX_TOKENS
+
 if TYPE_CHECKING:
     import torch
 
 LOOPBACK = "127.0.0.1"
-MAX_ROWS = 16
-MAX_TOKENS = 16384
-DRAIN_SECONDS = 30.0
 
 
 def serve(
@@ -29,6 +29,7 @@ def serve(
     max_queue: int | None = None,
     max_seconds: float | None = None,
     drain_seconds: float = DRAIN_SECONDS,
+    replicas: int = 1,
     dtype: str = "auto",
     device: "str | torch.device" = "auto",
     on_start: Callable[[str, str], Any] | None = None,
@@ -44,15 +45,21 @@ def serve(
         max_prompt_tokens, max_new_tokens, max_num_steps, max_body_bytes, max_queue, max_seconds: what is accepted, see
             `Limits`, which has the defaults.
         drain_seconds: how long answers under way may take when the server is told to end.
+        replicas: how many processes serve, each with a model of its own; more than one run under Ray Serve.
         on_start: called with (model's name, address) when the server takes requests.
 
     Raises:
-        RedepthError: for a checkpoint, address or number that does not fit, and where the extra `serve` is not installed.
+        RedepthError: for a checkpoint, address or number that does not fit, and where the extra `serve`, or `ray` for
+            replicas, is not installed.
     """
     from redepth.runtime import choose_device, require
 
     for package in ("fastapi", "uvicorn", "prometheus_client"):
         require(package, "serve")
+    if replicas < 1:
+        raise RedepthError(f"--replicas is {replicas}; give 1 or more")
+    if replicas > 1:
+        require("ray", "ray")
     from redepth.serving.limits import limits_from
     from redepth.serving.served import Served
     from redepth.serving.server import serve as run
@@ -67,7 +74,25 @@ def serve(
         seconds=max_seconds,
     )
     taken = listen(host, port)
+    start = on_start or (lambda called, where: None)
     try:
+        if replicas > 1:
+            from redepth.serving import replicas as ray_serve
+
+            asked = ray_serve.Replicas(
+                checkpoint=str(checkpoint),
+                replicas=replicas,
+                name=name,
+                api_key=api_key,
+                max_rows=max_rows,
+                max_tokens=max_tokens,
+                drain_seconds=drain_seconds,
+                dtype=dtype,
+                device=str(device),
+                limits=allowed,
+            )
+            ray_serve.run(asked, taken, start)
+            return
         served = Served.load(
             checkpoint,
             allowed,
@@ -77,7 +102,6 @@ def serve(
             dtype=dtype,
             device=choose_device(device),
         )
-        start = on_start or (lambda called, where: None)
         run(
             served,
             taken,

@@ -33,6 +33,9 @@ def command(
     drain_seconds: Annotated[
         float, typer.Option(help="On SIGTERM: how long answers under way may still take.")
     ] = api.DRAIN_SECONDS,
+    replicas: Annotated[
+        int, typer.Option(help="Processes that serve, each with its own model; more than one run under Ray Serve.")
+    ] = 1,
     dtype: Dtype = "auto",
     device: Device = "auto",
     quiet: Quiet = False,
@@ -62,6 +65,7 @@ def command(
         max_queue=max_queue,
         max_seconds=max_seconds,
         drain_seconds=drain_seconds,
+        replicas=replicas,
         dtype=dtype,
         device=device,
         on_start=say,

@@ -75,6 +75,7 @@ def create_app(served: Served, api_key: str | None = None) -> FastAPI:
         served.runner.close()
 
     app = FastAPI(title="redepth", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.runner = served.runner
     app.add_middleware(Gate, limits=served.limits, api_key=api_key)
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)

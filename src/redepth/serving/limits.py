@@ -6,6 +6,9 @@ from typing import Any
 from redepth.errors import RedepthError
 
 INVALID = "invalid_request_error"
+MAX_ROWS = 16
+MAX_TOKENS = 16384
+DRAIN_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
