@@ -41,6 +41,7 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.q_width = config.n_heads * config.head_dim
         self.kv_width = config.num_key_value_heads * config.head_dim
+        self.kv_heads = config.num_key_value_heads
         self.num_key_value_groups = config.n_heads // config.num_key_value_heads
         self.scaling = config.query_scale if config.query_scale is not None else config.head_dim**-0.5
         self.sliding_window = config.sliding_window if self.layer_type == "sliding_attention" else None
@@ -61,9 +62,9 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, context: PassContext, step: int) -> torch.Tensor:
         """`x` is `[B, T, D]`; `step` counts from 1 in the core and is 0 elsewhere. Returns `[B, T, D]`."""
         if self.only_turns:
-            both, value = self.Wqkv(x).split([self.q_width + self.kv_width, self.kv_width], dim=-1)
-            both, value = (part.unflatten(-1, (-1, self.head_dim)) for part in (both, value))
-            query, key = self._turned(both, context).split([both.shape[2] - value.shape[2], value.shape[2]], dim=2)
+            heads = self.Wqkv(x).view(*x.shape[:-1], -1, self.head_dim)
+            both, value = heads.split([heads.shape[2] - self.kv_heads, self.kv_heads], dim=2)
+            query, key = self._turned(both, context).split([both.shape[2] - self.kv_heads, self.kv_heads], dim=2)
         else:
             query, key, value = self.Wqkv(x).split([self.q_width, self.kv_width, self.kv_width], dim=-1)
             if self.config.qk_norm == "full":
