@@ -102,7 +102,8 @@ def main() -> None:
     parser.add_argument("--data", default="python-docs")
     parser.add_argument("--num-steps", type=int, default=32)
     parser.add_argument("--draft-steps", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--tokens", type=int, default=100, help="decoded after each prompt")
+    parser.add_argument("--draft-tokens", type=int, help="a round; as many as pay off by default")
+    parser.add_argument("--tokens", type=int, default=133, help="decoded after each prompt")
     parser.add_argument("--context", type=int, default=48, help="tokens of a prompt")
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
@@ -115,7 +116,8 @@ def main() -> None:
         for bits in (None, 8):
             name = f"draft at {steps}" + (", 8 bits" if bits else "")
             policies[name] = {"num_steps": options.num_steps, "draft_steps": steps}
-            policies[name] |= {"draft_bits": bits} if bits else {}
+            more = {"draft_bits": bits, "draft_tokens": options.draft_tokens}
+            policies[name] |= {key: value for key, value in more.items() if value is not None}
 
     for case in options.only:
         if case == "own" and options.folder is None:

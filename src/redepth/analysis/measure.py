@@ -219,7 +219,7 @@ def predictions_by_step(
         if old is not None:
             for name, test in EXIT_TESTS.items():
                 pair = (logits, old) if test.of_logits else (states[:, step].float(), states[:, step - 1].float())
-                courses[name].append(test.measure(*pair).cpu())
+                courses[name].append(test.compare(*pair).cpu())
         old = logits
     stacked = {name: torch.stack(values, dim=1).cpu().numpy() for name, values in kept.items()}
     return Predictions(

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
 from redepth import api
@@ -118,7 +119,7 @@ def command(
         print_json(found.as_dict())
         return
     for table in found.tables():
-        results.print(shown(table), width=None if results.is_terminal else WIDE)
+        (results if results.is_terminal else Console(width=WIDE)).print(shown(table))
     if found.out is not None and not quiet:
         remarks.print(f"written to {found.out}", soft_wrap=True)
 

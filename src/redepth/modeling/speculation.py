@@ -20,8 +20,8 @@ from .policy import DepthPolicy
 from .ragged import RaggedRows
 
 MOST_DRAFTED = 32
-START_RATE = 0.8  # the acceptance rate assumed before the first round
-START_WEIGHT = 4  # as if it had been seen on so many drafted tokens
+START_RATE = 0.9  # the acceptance rate assumed before the first round
+START_WEIGHT = 2  # as if it had been seen on so many drafted tokens
 MEMORY = 0.9  # the weight of the old estimate after a round
 # What a further token adds to a pass, as a share of the pass over one: a processor computes, but reads its weights once.
 TOKEN_COST = 0.05
