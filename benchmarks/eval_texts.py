@@ -44,7 +44,9 @@ def main() -> None:
     options = parser.parse_args()
     model, tokenizer = redepth.load(options.checkpoint), AutoTokenizer.from_pretrained(options.checkpoint)
     short = {
-        options.task: {"generation_kwargs": {"until": ["Question:"], "do_sample": False, "max_gen_toks": options.tokens}}
+        options.task: {
+            "generation_kwargs": {"until": ["Question:"], "do_sample": False, "max_gen_toks": options.tokens}
+        }
     }
     tasks = flat(load_tasks([options.task], options.data, short))
     for num_steps in options.num_steps:

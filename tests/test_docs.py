@@ -94,6 +94,9 @@ def unknown_flags(line: str) -> list[str]:
                 wrong.append(f"redepth {follows}")
         elif word.endswith(".py") and (ROOT / word).exists():
             source = (ROOT / word).read_text(encoding="utf-8")
+            # The benchmarks of speed share a parser.
+            shared = ROOT / "benchmarks" / "turns.py"
+            source += shared.read_text(encoding="utf-8") if "parser_of" in source else ""
             known = set(re.findall(r"[\"'](--[\w-]+)[\"']", source))
         elif (
             word == "make" and follows and not re.search(rf"^{follows}:", (ROOT / "Makefile").read_text(), re.MULTILINE)

@@ -202,6 +202,7 @@ def test_sigterm_saves_and_the_same_call_goes_on(
     assert_same_curve(checkpoint, unbroken / "out")
 
 
+@pytest.mark.slow  # make test asks the same under FSDP2, below
 def test_two_processes_follow_one_and_checkpoints_move_between_them(
     unbroken: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

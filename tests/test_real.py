@@ -49,6 +49,7 @@ def test_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert names["ids"].shape[0] == 2
 
 
+@pytest.mark.slow
 def test_default_plan_starts_almost_unhurt(tmp_path: Path) -> None:
     """On SmolLM2, that is; Gemma 3 does lose with depth, see dev/LOG.md."""
     conversion = plan_conversion("smollm2-135m")

@@ -39,11 +39,11 @@ def mse(model, ids: torch.Tensor, wanted: torch.Tensor, num_steps: int) -> float
     ("adapter", "state", "depths"),
     [
         ("inject", "embed", (1, 2, 5)),
-        ("blend:0.25", "embed", (1,)),
-        ("blend:1", "embed", (1,)),
+        pytest.param("blend:0.25", "embed", (1,), marks=pytest.mark.slow),
+        pytest.param("blend:1", "embed", (1,), marks=pytest.mark.slow),
         ("gate:0.25", "embed", (1,)),
         ("random", "skip-adapter", (1,)),
-        ("inject", "skip-adapter", (1, 2)),
+        pytest.param("inject", "skip-adapter", (1, 2), marks=pytest.mark.slow),
     ],
 )
 def test_full_cover_equals_source_in_the_saved_file(
@@ -346,6 +346,7 @@ def test_full_cover_of_a_plan() -> None:
     assert COMMON["num_hidden_layers"] == 6
 
 
+@pytest.mark.slow
 def test_conversion_holds_one_shard_in_memory(tmp_path: Path) -> None:
     script = Path(__file__).parent.parent / "benchmarks" / "conversion_memory.py"
     words = ["--billions", "0.2", "--shard-gb", "0.6", "--max-shard-size", "100MB", "--folder", str(tmp_path / "made")]

@@ -9,7 +9,7 @@ from redepth.surgery.presets import PRESETS
 
 from .making import Converted, Created, convert, create, plan, quantize
 from .measuring import analyze, calibrate, evaluate, inspect, load, load_tokenizer, read_config, verify
-from .serving import DRAIN_SECONDS, LOOPBACK, MAX_ROWS, MAX_TOKENS, play, serve
+from .serving import DRAIN_SECONDS, LIMITS, LOOPBACK, MAX_ROWS, MAX_TOKENS, play, serve
 from .sharing import plan_publication, publish
 from .training import heal, plan_healing, retrofit
 
@@ -19,6 +19,7 @@ __all__ = [
     "DEFAULT_STATE",
     "DRAIN_SECONDS",
     "GROUPS",
+    "LIMITS",
     "LOOPBACK",
     "MAX_ROWS",
     "MAX_TOKENS",

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from redepth.errors import RedepthError
-from redepth.serving.limits import DRAIN_SECONDS, MAX_ROWS, MAX_TOKENS
+from redepth.serving.limits import DRAIN_SECONDS, MAX_ROWS, MAX_TOKENS, Limits
 
 if TYPE_CHECKING:
     import torch
 
 LOOPBACK = "127.0.0.1"
+LIMITS = Limits()  # where nothing else is asked for
 
 
 def serve(
@@ -58,6 +59,9 @@ def serve(
         require(package, "serve")
     if replicas < 1:
         raise RedepthError(f"--replicas is {replicas}; give 1 or more")
+    for limit, value in (("max_rows", max_rows), ("max_tokens", max_tokens)):
+        if value < 1:
+            raise RedepthError(f"{limit} must be at least 1, got {value}")
     if replicas > 1:
         require("ray", "ray")
     from redepth.serving.limits import limits_from

@@ -13,7 +13,7 @@ from .serve import Host, MaxRows, MaxTokens
 def command(
     checkpoint: Checkpoint,
     other: Annotated[
-        str | None, typer.Argument(metavar="[OTHER]", help="Another checkpoint, to compare side by side.")
+        str | None, typer.Argument(metavar="OTHER", help="Another checkpoint, to compare side by side.")
     ] = None,
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 7860,
     host: Host = api.LOOPBACK,

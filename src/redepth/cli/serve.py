@@ -24,12 +24,24 @@ def command(
     name: Annotated[str | None, typer.Option(help="The model's name in requests; the folder's by default.")] = None,
     max_rows: MaxRows = api.MAX_ROWS,
     max_tokens: MaxTokens = api.MAX_TOKENS,
-    max_prompt_tokens: Annotated[int | None, typer.Option(help="The longest prompt, in tokens.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="The longest answer, in tokens.")] = None,
-    max_num_steps: Annotated[int | None, typer.Option(help="The deepest num_steps of a request.")] = None,
-    max_body_bytes: Annotated[int | None, typer.Option(help="The largest body of a request.")] = None,
-    max_queue: Annotated[int | None, typer.Option(help="How many requests may wait.")] = None,
-    max_seconds: Annotated[float | None, typer.Option(help="The longest that a request may take.")] = None,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(help=f"The longest prompt, in tokens; {api.LIMITS.prompt_tokens} by default.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help=f"The longest answer, in tokens; {api.LIMITS.new_tokens} by default.")
+    ] = None,
+    max_num_steps: Annotated[
+        int | None, typer.Option(help=f"The deepest num_steps of a request; {api.LIMITS.num_steps} by default.")
+    ] = None,
+    max_body_bytes: Annotated[
+        int | None, typer.Option(help=f"The largest body of a request; {api.LIMITS.body_bytes} by default.")
+    ] = None,
+    max_queue: Annotated[
+        int | None, typer.Option(help=f"How many requests may wait; {api.LIMITS.queue} by default.")
+    ] = None,
+    max_seconds: Annotated[
+        float | None, typer.Option(help=f"The longest that a request may take; {api.LIMITS.seconds:g} by default.")
+    ] = None,
     drain_seconds: Annotated[
         float, typer.Option(help="On SIGTERM: how long answers under way may still take.")
     ] = api.DRAIN_SECONDS,

@@ -128,7 +128,7 @@ def score_tables(scores: Sequence[Score], differences: Sequence[Difference]) -> 
             one, sign = apart.get((*key, *start, score.model, score.depth)), -1
         if one is None:
             return ""
-        return with_error(sign * scale * one.difference, scale * one.standard_error, digits, True)
+        return with_error(sign * scale * one.difference + 0.0, scale * one.standard_error, digits, True)
 
     for task in dict.fromkeys(score.task for score in scores):
         own = [score for score in scores if score.task == task]

@@ -16,7 +16,7 @@ NOT_NEGATIVE_OR_NULL = "state_std state_scale"
 SWITCHES = "tie_embeddings use_cache qkv_bias qk_bias proj_bias mlp_bias norm_before_coda state_gate"
 TABLES_OR_NULL = "rope_parameters depth_profile init_values"
 # The kinds of rotary positions that transformers knew when this was written; a configuration asks it for today's.
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+ROPE_TYPES: tuple[str, ...] = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 CHOICES: dict[str, tuple[Any, ...]] = {
     "norm_placement": ("pre", "post", "sandwich", "huginn"),
     "norm_weight": ("plain", "one_plus"),

@@ -28,7 +28,7 @@ from .quantized_linear import HalfHead, QuantizedLinear
 from .quantized_weights import stored_shapes
 
 
-class DepthQuantizationConfig(DepthQuantization, QuantizationConfigMixin):
+class DepthQuantizationConfig(DepthQuantization, QuantizationConfigMixin):  # type: ignore[misc]
     """`quantization.DepthQuantization`, which says what each argument means, as transformers reads and writes it."""
 
     @classmethod

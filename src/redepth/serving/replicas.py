@@ -29,6 +29,8 @@ from .sockets import address
 
 logger = logging.getLogger(__name__)
 APP = "redepth"
+LOGS = "/tmp/ray/session_latest/logs/serve"
+OWN = "redepth.errors.RedepthError: "
 QUIETLY = {"log_level": "WARNING"}
 
 
@@ -44,8 +46,8 @@ class Replicas(BaseModel, extra="forbid"):
     replicas: int = Field(2, ge=1)
     name: str | None = None
     api_key: str | None = Field(default_factory=lambda: os.environ.get("REDEPTH_API_KEY"))
-    max_rows: int = MAX_ROWS
-    max_tokens: int = MAX_TOKENS
+    max_rows: int = Field(MAX_ROWS, ge=1)
+    max_tokens: int = Field(MAX_TOKENS, ge=1)
     drain_seconds: float = DRAIN_SECONDS
     dtype: str = "auto"
     device: str = "auto"
@@ -77,6 +79,7 @@ def app(asked: Replicas) -> serve.Application:
         ray_actor_options={"num_cpus": cpus_each(asked.replicas), "num_gpus": int(device == "cuda")},
         graceful_shutdown_timeout_s=asked.drain_seconds,
         health_check_period_s=2,
+        max_constructor_retry_count=1,
     )
     @serve.ingress(build)
     class Replica:
@@ -87,7 +90,8 @@ def app(asked: Replicas) -> serve.Application:
             if not self.app.state.runner.is_alive:
                 raise RuntimeError("the engine has failed")
 
-    return Replica.bind()
+    deployment: Any = Replica  # which the decorators have made of it
+    return deployment.bind()
 
 
 def cpus_each(replicas: int) -> int:
@@ -112,7 +116,7 @@ def run(asked: Replicas, taken: socket.socket, on_start: Callable[[str, str], An
     cores = asked.replicas * cpus_each(asked.replicas)
     own: Any = {"num_cpus": cores, "include_dashboard": False} if cluster == "local" else {}
     told: queue.SimpleQueue[int] = queue.SimpleQueue()
-    ray.init(cluster, logging_level="warning", **own)
+    ray.init(cluster, logging_level="warning", log_to_driver=False, **own)
     logging.getLogger("ray.serve").setLevel("WARNING")
     try:
         taken.close()
@@ -139,6 +143,6 @@ def deploy(application: serve.Application) -> None:
     """
     try:
         serve.run(application, name=APP, logging_config=QUIETLY)
-    except RuntimeError as error:
-        reason = str(error).strip().rpartition("\n")[2].strip()
-        raise RedepthError(f"the replicas could not start: {reason}") from None
+    except RuntimeError:
+        said = serve.status().applications[APP].deployments[APP].message.strip().rpartition("\n")[2]
+        raise RedepthError(f"the replicas could not start: {said.removeprefix(OWN)}; see {LOGS}") from None
