@@ -174,14 +174,12 @@ def _kept_marks(
         batch.label.tolist(),
     ]
     keys = [key_of(identity, str(column.policy), "problems", asked) for column in columns]
-    known = [answers.find(key) for key in keys]
-    todo = [place for place, answer in enumerate(known) if answer is None]
+    todo = [place for place, key in enumerate(keys) if answers.find(key) is None]
     made = mark_batch(model, batch, [columns[place].policy for place in todo])
     kept = []
     for place, marks in zip(todo, made, strict=True):
         said = [marks.right.int().tolist(), marks.steps.tolist()]
-        known[place] = Answer(said, marks.tokens, marks.token_steps / marks.tokens)
-        kept.append((keys[place], known[place]))
+        kept.append((keys[place], Answer(said, marks.tokens, marks.token_steps / marks.tokens)))
     answers.keep(kept)
     return [
         Marks(
@@ -190,5 +188,5 @@ def _kept_marks(
             answer.tokens,
             answer.mean_steps * answer.tokens,
         )
-        for answer in known
+        for answer in map(answers.get, keys)
     ]
