@@ -178,6 +178,7 @@ def test_output_folder_is_complete(zoo, tmp_path: Path) -> None:
     names = {file.name for file in (tmp_path / "out").iterdir()}
     modelling = {
         "errors.py",
+        "fields.py",
         "blocks.py",
         "cache.py",
         "cache_rules.py",
@@ -192,6 +193,7 @@ def test_output_folder_is_complete(zoo, tmp_path: Path) -> None:
         "policy.py",
         "pretrained.py",
         "published.py",
+        "published_kinds.py",
         "rotary.py",
         "stack.py",
         "tokens.py",
@@ -201,7 +203,9 @@ def test_output_folder_is_complete(zoo, tmp_path: Path) -> None:
         "attention.py",
         "attention_backward.py",
         "compiled.py",
+        "drafting.py",
         "exit_heads.py",
+        "quantization.py",
         "quantized_linear.py",
         "quantized_weights.py",
         "quantizer.py",
