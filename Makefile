@@ -33,10 +33,10 @@ demo-griffin: $(STAMP)
 	@$(BIN)/python examples/train_griffin.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m ''
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m ''
 
 test-portable: $(STAMP)
 	@PYTHON=$(BIN)/python tests/portable.sh $(VARIANTS)

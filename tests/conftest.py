@@ -15,6 +15,13 @@ import torch
 
 from tests.zoo import FAMILIES, save_source
 
+# The longest by far; begun last, one of them would keep a single worker busy while the other has nothing left.
+FIRST = ("test_real", "test_healing_resume", "test_surgery", "test_retrofit", "test_bad_input", "test_recurrent_gemma")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in FIRST)
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

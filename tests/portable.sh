@@ -27,7 +27,7 @@ for variant in "${order[@]}"; do
     fi
     seed=$(sed -n 's/.*SEED=\([0-9]*\).*/--hypothesis-seed=\1/p' <<<"${variants[$variant]}")
     # shellcheck disable=SC2086
-    if env ${variants[$variant]} "${PYTHON:-python3}" -m pytest -n 2 --dist loadfile $seed ${PYTEST_ARGS:-} >"$logs/$variant.log" 2>&1; then
+    if env ${variants[$variant]} "${PYTHON:-python3}" -m pytest -n 2 --dist loadfile --no-loadscope-reorder $seed ${PYTEST_ARGS:-} >"$logs/$variant.log" 2>&1; then
         echo "$variant: $(tail -1 "$logs/$variant.log")"
     else
         failed+=("$variant")
