@@ -194,7 +194,7 @@ def test_the_kernel_is_the_one_that_was_measured(monkeypatch) -> None:
             patch.setitem(KERNELS, (DYNAMIC, 8, False), kernels)
             if slow:  # the plain product is timed first
                 times = iter([1.0] * 4 + [5.0] * 4)
-                patch.setattr(module, "_best_time", lambda *_, times=times: next(times))
+                patch.setattr(module, "best_time", lambda *_, times=times: next(times))
             _, prefers_plain = measured_choice(*described)
             assert all(prefers_plain) is not kernel_is_used
             layer = QuantizedLinear.of(linear, DYNAMIC, 8, 32)

@@ -149,6 +149,7 @@ def evaluate(
     Raises:
         RedepthError: for a task, a model or a number that does not fit, before any compute.
     """
+    from redepth.data.source import is_task
     from redepth.evaluation.across_depths import Settings, evaluate_across_depths
     from redepth.evaluation.presets import TaskList, find_preset, narrowed
     from redepth.evaluation.tasks import DEPTHS
@@ -158,8 +159,8 @@ def evaluate(
     published = find_preset(preset) if preset is not None else None
     depths = tuple(num_steps) if num_steps is not None else published.num_steps if published else DEPTHS
     texts = [task for task in tasks or () if task.startswith(PREFIX)]
-    problems: list[str | None] = [task for task in tasks or () if task.startswith("task:")]
-    named = [task for task in tasks or () if not task.startswith((PREFIX, "task:"))]
+    problems: list[str | None] = [task for task in tasks or () if is_task(task)]
+    named = [task for task in tasks or () if not (task.startswith(PREFIX) or is_task(task))]
     if published is None:
         lists = [TaskList(tuple(named), num_fewshot)] if named else []
     elif num_fewshot is not None:

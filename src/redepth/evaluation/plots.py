@@ -9,6 +9,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from redepth.data.source import TASK_PREFIX
+
 from .scores import SHARES, Score, main_scores
 from .tables import depth_name, short_names, with_unit
 from .tasks import TaskAccuracy
@@ -229,7 +231,7 @@ def write_heat_maps(found: Sequence[TaskAccuracy], out: Path) -> None:
             for name, one in zip(names, others, strict=True)
             for place, steps in enumerate(one.num_steps)
         }
-        stem = re.sub(r"\W+", "-", task.removeprefix("task:")).strip("-")
+        stem = re.sub(r"\W+", "-", task.removeprefix(TASK_PREFIX)).strip("-")
         for kind in ("png", "svg"):
             plot_accuracy_by_depth(
                 first.accuracy,

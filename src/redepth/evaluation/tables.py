@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from redepth.data.source import is_task
+
 from .published import PublishedTable
 from .scores import SHARES, Difference, Score
 from .tasks import TaskAccuracy
@@ -157,7 +159,7 @@ def score_tables(scores: Sequence[Score], differences: Sequence[Difference]) -> 
         header += ["mean steps", "FLOPs/token", "FLOPs/answer", "effective parameters"]
         # Splits of a task may have different numbers of answers.
         counts = dict.fromkeys(str(score.answers) for score in own)
-        of = "answers" if task.startswith("task:") else "documents"
+        of = "answers" if is_task(task) else "documents"
         found.append(TextTable(f"{task}, {' and '.join(counts)} {of}", header, rows))
     return found
 

@@ -174,13 +174,14 @@ def _kept_marks(
         batch.label.tolist(),
     ]
     keys = [key_of(identity, str(column.policy), "problems", asked) for column in columns]
-    todo = [place for place, key in enumerate(keys) if answers.find(key) is None]
-    made = mark_batch(model, batch, [columns[place].policy for place in todo])
-    kept = []
-    for place, marks in zip(todo, made, strict=True):
+    known = {key: answer for key in keys if (answer := answers.find(key)) is not None}
+    todo = [place for place, key in enumerate(keys) if key not in known]
+    made = {}
+    for place, marks in zip(todo, mark_batch(model, batch, [columns[place].policy for place in todo]), strict=True):
         said = [marks.right.int().tolist(), marks.steps.tolist()]
-        kept.append((keys[place], Answer(said, marks.tokens, marks.token_steps / marks.tokens)))
-    answers.keep(kept)
+        made[keys[place]] = Answer(said, marks.tokens, marks.token_steps / marks.tokens)
+    answers.keep(made.items())
+    known |= made
     return [
         Marks(
             torch.tensor(answer.said[0], dtype=torch.bool),
@@ -188,5 +189,5 @@ def _kept_marks(
             answer.tokens,
             answer.mean_steps * answer.tokens,
         )
-        for answer in map(answers.get, keys)
+        for answer in (known[key] for key in keys)
     ]

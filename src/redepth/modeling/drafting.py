@@ -7,7 +7,6 @@ Shapes: M tokens, K inputs, N outputs, V vocabulary.
 """
 
 import copy
-import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from typing import Any
@@ -18,13 +17,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from .quantization import DEFAULT_GROUP_SIZE, DYNAMIC_PARTS
-from .quantized_linear import DynamicInt8, Half, PackedInt8, QuantizedLinear
+from .quantized_linear import DynamicInt8, Half, PackedInt8, QuantizedLinear, best_time
 from .quantized_weights import quantize
 
 # The adapter stays as it is: an identity, scaled, and small numbers beside it, which a scale for a whole row would round away.
 NARROWED = ("prelude", "core_block", "coda")
 SHORTLIST = 64  # likely tokens whose logits are computed anew with the head's own weights
-TIMED_RUNS = 8
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
@@ -68,13 +66,7 @@ def fastest(
             products[make](x)
         except (RuntimeError, AttributeError):  # not built for this processor, or not for this shape
             products.pop(make, None)
-    times = dict.fromkeys(products, float("inf"))
-    for _ in range(TIMED_RUNS):
-        for make, product in products.items():
-            started = time.perf_counter()
-            product(x)
-            times[make] = min(times[make], time.perf_counter() - started)
-    return min(times, key=lambda make: times[make])
+    return min(products, key=lambda make: best_time(products[make], x))
 
 
 class NarrowLinear(nn.Module):

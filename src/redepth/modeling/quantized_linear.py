@@ -170,7 +170,7 @@ def measured_choice(
             continue
         products[kernel] = product
     times = {
-        kernel: [_best_time(product, x[:tokens]) for tokens in TIMED_TOKENS] for kernel, product in products.items()
+        kernel: [best_time(product, x[:tokens]) for tokens in TIMED_TOKENS] for kernel, product in products.items()
     }
     plain_times = times.pop(None)
     if not times:
@@ -180,7 +180,7 @@ def measured_choice(
 
 
 @torch.inference_mode()
-def _best_time(product: Product, x: torch.Tensor) -> float:
+def best_time(product: Product, x: torch.Tensor) -> float:
     """Seconds of the fastest of a few runs, so that other work on the machine counts little."""
     best = float("inf")
     for _ in range(TIMED_RUNS + 1):
