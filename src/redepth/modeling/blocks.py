@@ -12,6 +12,7 @@ from .attention import attend, attention_map
 from .attention_backward import ProcessorAttention, gains_from_own_backward
 from .configuration import RecurrentDepthConfig
 from .elementwise import RMSNorm, times
+from .few_tokens import run_block
 from .fields import LRU_LAYER
 from .lru_mixer import LruBlock, Timeline, scan_on
 from .lru_slots import TokenWrites
@@ -173,6 +174,7 @@ class Block(GradientCheckpointingLayer):
         super().__init__()
         self.placement = config.norm_placement
         self.layer_idx = layer
+        self.uses_kernels = False  # see `RecurrentStack.compile_core`
         # The tensors' names also show which of the two a layer has.
         if config.layer_type(layer) == LRU_LAYER:
             self.recurrence = LruMixer(config, layer)
@@ -191,6 +193,10 @@ class Block(GradientCheckpointingLayer):
     def forward(self, x: torch.Tensor, context: PassContext, step: int = 0) -> torch.Tensor:
         """`x` is `[B, T, D]`; `step` counts from 1 in the core and is 0 elsewhere. Returns `[B, T, D]`."""
         context = context.to(x.device)
+        if self.uses_kernels:
+            reached = run_block(self, x, context, step)
+            if reached is not None:
+                return reached
         if self.placement == "pre":
             x = x + self._mix(self.norm_1(x), context, step)
             x = x + self._mlp(self.norm_2(x), context, step)

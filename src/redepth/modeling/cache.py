@@ -146,6 +146,28 @@ class RecurrentDepthCache(Cache):
             return None
         return {layer: slot.open(self.length + tokens) for layer, slot in slots.items()}
 
+    def open_layer(
+        self, layer: int, step: int, new: torch.Tensor, kv_heads: int, head_dim: int
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """A layer's keys and values at a step, with places for new tokens that the caller writes.
+
+        Args:
+            step: from 1 in the core, 0 elsewhere.
+            new: `[batch, new tokens, …]`, of the dtype and device of what will be written.
+
+        Returns:
+            each `[batch, kv_heads, stored + new tokens, head_dim]`, of the same strides and with whole tokens in one piece;
+            None where they are stored otherwise.
+        """
+        slot = self._enter(layer, step)
+        if not slot.is_initialized:
+            none_yet = new.new_empty(len(new), kv_heads, 0, head_dim)
+            slot.lazy_initialization(none_yet, none_yet)
+        keys, values = slot.open(self.length + new.shape[1])
+        alike = keys.dtype == values.dtype == new.dtype and keys.device == new.device and len(keys) == len(new)
+        whole = keys.stride() == values.stride() and keys.stride()[2:] == (head_dim, 1)
+        return (keys, values) if alike and whole else None
+
     def _enter(self, layer: int, step: int, any_length: bool = False) -> CacheSlot:
         """The slot of a layer at a step that begins now.
 

@@ -17,6 +17,7 @@ from .cache import RecurrentDepthCache
 from .configuration import RecurrentDepthConfig
 from .errors import UserError
 from .exits import ExitTest, Measure
+from .few_tokens import product
 from .generation import RecurrentDepthGeneration
 from .loss import TokenLoss, chunked_cross_entropy, cross_entropy_of_tokens
 from .passes import PassContext
@@ -101,7 +102,8 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, RecurrentDepthGen
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The head on what the coda left, `[…, D]` → `[…, V]`."""
-        logits, cap = self.lm_head(hidden), self.final_soft_cap
+        kernels, cap = self.transformer.uses_kernels, self.final_soft_cap
+        logits = product(self.lm_head, hidden) if kernels else self.lm_head(hidden)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def read_logits(self, state: torch.Tensor, context: PassContext) -> torch.Tensor:

@@ -59,6 +59,8 @@ class PassContext:
     continued: bool | torch.Tensor = False
     watchers: tuple[Any, ...] = ()
     attend: Callable[..., torch.Tensor] | None = None
+    # What the kernels of `few_tokens` share between the layers of a kind.
+    calls: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     _places: torch.Tensor | None = field(default=None, init=False, repr=False, compare=False)
     # Copies on other devices, so that a model spread over several moves each context there once.
     _elsewhere: dict[torch.device, "PassContext"] = field(default_factory=dict, init=False, repr=False, compare=False)

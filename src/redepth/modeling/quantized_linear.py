@@ -270,6 +270,13 @@ class QuantizedLinear(nn.Module):
             return self.kernel.stored()
         return QuantizedWeights(**{name: getattr(self, name).detach() for name in self.stored_names})
 
+    def keep_stored(self) -> None:
+        """Hold the stored tensors themselves, beside what a kernel made of them, for whoever reads them where they lie."""
+        if self.weight is None:
+            for name, tensor in vars(self.stored()).items():
+                if name in self.stored_names:
+                    setattr(self, name, nn.Parameter(tensor, requires_grad=False))
+
     def _hold(self, stored: QuantizedWeights) -> None:
         """The opposite of `pack`."""
         for name in self.stored_names:

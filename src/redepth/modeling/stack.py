@@ -24,6 +24,7 @@ from .cache import RecurrentDepthCache
 from .compiled import compiler_works, step_compiled
 from .configuration import RecurrentDepthConfig
 from .errors import UserError
+from .few_tokens import can_run, product
 from .passes import PassContext, check_cache, pass_context
 from .policy import DepthPolicy
 from .pretrained import RecurrentDepthPreTrainedModel
@@ -72,7 +73,7 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
         self.ln_f = norm(config, config.n_embd)
         # Training: keep only the states between steps, and run each step again in the backward pass.
         self.checkpoint_steps = False
-        self.core_is_compiled = False  # see `compile_core`
+        self.core_is_compiled = self.uses_kernels = False  # see `compile_core`
         # Each is told of every `forward` before it runs (`start_pass`), and called with (part, layer, step, value, context)
         # as the parts are computed; what it returns takes the value's place. A layer is counted over the whole stack; the
         # step is 0 for the initial state and outside the core.
@@ -93,14 +94,18 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
         self.wte = value  # type: ignore[assignment]
 
     def compile_core(self) -> bool:
-        """Let torch.compile make few kernels of the core's pass over one new token a row; whether it can be done.
+        """Run passes over few new tokens by compiled kernels; whether it can be done.
 
-        The first such pass takes some seconds, as does the first of several rows; longer texts and other depths compile
-        nothing again. Without a C++ compiler, or with quantised layers, whose kernels a compiler can't see into, one line
-        says so, and everything runs as before.
+        On a processor, in fp32 or quantised, every layer runs by the kernels of `few_tokens`, compiled once a machine in
+        some seconds. Elsewhere torch.compile makes few kernels of the core's pass over one new token a row: the first such
+        pass takes some seconds, as does the first of several rows; longer texts and other depths compile nothing again.
+        Without a C++ compiler, or where neither knows the layers, one line says so, and everything runs as before.
         """
-        self.core_is_compiled = compiler_works(self.device, self.core_block)
-        return self.core_is_compiled
+        self.uses_kernels = can_run(self)
+        for layer in (*self.prelude, *self.core_block, *self.coda):
+            layer.uses_kernels = self.uses_kernels
+        self.core_is_compiled = not self.uses_kernels and compiler_works(self.device, self.core_block)
+        return self.uses_kernels or self.core_is_compiled
 
     def context(
         self,
@@ -178,7 +183,8 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
         if reached is None:
             injected = embedded
             if not skips or context.continued is not False:
-                injected = self.adapter(torch.cat([state, embedded], dim=-1))
+                both = torch.cat([state, embedded], dim=-1)
+                injected = product(self.adapter, both) if self.uses_kernels else self.adapter(both)
             if skips and isinstance(context.continued, torch.Tensor):
                 injected = torch.where(context.continued[..., None], injected, embedded.to(injected.device))
             reached = self.run_layers(self.core_block, injected, context, step, record)

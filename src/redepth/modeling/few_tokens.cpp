@@ -1,0 +1,567 @@
+// One block over few new tokens, from its first norm to its last sum, in one call: what `few_tokens.py` binds.
+//
+// At few tokens a block's time is that of reading its weights, so each is read once, straight into sums in fp32, and the
+// small operations between the products are done by every thread for itself, which costs less than to wait for another.
+// A result depends neither on the number of tokens in the call nor on the number of threads: each sum runs over its
+// inputs in the same order.
+//
+// Shapes: M tokens of all rows, B rows, T tokens a row, D width, H query heads, G key/value heads, C channels of a head,
+// K inputs and N outputs of a product, S stored and new tokens.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+typedef float Vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
+
+constexpr int KEYS_AT_ONCE = 256;
+constexpr float NEVER = -1e30f;  // the score of a key that is not seen
+
+inline Vec load(const float* from) {
+    Vec v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+inline void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
+inline Vec all(float value) { return Vec{} + value; }
+inline float sum(Vec v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#elif defined(__AVX2__)
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+#else
+    return (v[0] + v[1]) + (v[2] + v[3]);
+#endif
+}
+
+// e^x to two units in the last place: 2^n times a polynomial of the rest (Cephes' coefficients).
+inline Vec exponential(Vec x) {
+    x = x < -87.0f ? all(-87.0f) : x;
+    x = x > 88.0f ? all(88.0f) : x;
+    const Vec magic = all(12582912.0f);
+    const Vec n = (x * 1.44269504088896341f + magic) - magic;
+    const Vec r = x - n * 0.693359375f - n * -2.12194440e-4f;
+    Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const IntVec power = (__builtin_convertvector(n, IntVec) + 127) << 23;
+    Vec scale;
+    std::memcpy(&scale, &power, sizeof scale);
+    return p * scale;
+}
+
+// A function of vectors over n numbers; the last few go through a filled vector.
+template <class Function>
+inline void apply(int64_t n, float* to, Function function) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) store(to + i, function(i, LANES));
+    if (i < n) {
+        const Vec v = function(i, int(n - i));
+        for (int j = 0; i + j < n; j++) to[i + j] = v[j];
+    }
+}
+inline Vec load_some(const float* from, int count) {
+    if (count == LANES) return load(from);
+    Vec v{};
+    for (int j = 0; j < count; j++) v[j] = from[j];
+    return v;
+}
+inline float dot(const float* a, const float* b, int64_t n) {
+    Vec total{};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) total += load(a + i) * load(b + i);
+    float rest = 0;
+    for (; i < n; i++) rest += a[i] * b[i];
+    return sum(total) + rest;
+}
+
+// ---------------------------------------------------------------------------------------------- products with weights
+
+enum Kind : int32_t { FLOAT32 = 0, FLOAT16 = 1, INT8 = 2, INT4 = 3 };
+
+struct Matrix {
+    const void* weight;      // [N, K]; int4: [N, K'/2], input 2i in the low half of byte i
+    const void* scale;       // int8: fp32 [N]; int4: bf16 [N, groups]
+    const void* offset;      // int4: bf16 [N, groups], the value of level 8
+    const float* bias;       // [N] or null
+    int64_t outputs, inputs;
+    int32_t kind, group;
+    int32_t levels;          // activations are rounded to so many whole numbers on each side of 0; 0: not at all
+};
+
+inline float wide(uint16_t bf16) {
+    const uint32_t bits = uint32_t(bf16) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// How a row of weights becomes fp32: `at` gives LANES of them, `one` a single one, and `scaled` what a sum is in the end.
+struct Float32 {
+    const float* row;
+    Float32() = default;
+    Float32(const Matrix& m, int64_t n) : row((const float*)m.weight + n * m.inputs) {}
+    Vec at(int64_t k) const { return load(row + k); }
+    float one(int64_t k) const { return row[k]; }
+    float scaled(float total) const { return total; }
+};
+
+struct Float16 {
+    const uint16_t* row;
+    Float16() = default;
+    Float16(const Matrix& m, int64_t n) : row((const uint16_t*)m.weight + n * m.inputs) {}
+    Vec at(int64_t k) const {
+#if defined(__AVX512F__)
+        return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(row + k)));
+#elif defined(__AVX2__) && defined(__F16C__)
+        return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(row + k)));
+#else
+        Vec v;
+        for (int i = 0; i < LANES; i++) v[i] = one(k + i);
+        return v;
+#endif
+    }
+    float one(int64_t k) const {
+        _Float16 half;
+        std::memcpy(&half, row + k, sizeof half);
+        return float(half);
+    }
+    float scaled(float total) const { return total; }
+};
+
+struct Int8 {
+    const int8_t* row;
+    float scale;
+    Int8() = default;
+    Int8(const Matrix& m, int64_t n) : row((const int8_t*)m.weight + n * m.inputs), scale(((const float*)m.scale)[n]) {}
+    Vec at(int64_t k) const {
+#if defined(__AVX512F__)
+        return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(row + k))));
+#elif defined(__AVX2__)
+        return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(row + k))));
+#else
+        Vec v;
+        for (int i = 0; i < LANES; i++) v[i] = row[k + i];
+        return v;
+#endif
+    }
+    float one(int64_t k) const { return row[k]; }
+    float scaled(float total) const { return total * scale; }
+};
+
+struct Int4 {
+    const uint8_t* row;
+    const uint16_t *scales, *offsets;
+    int32_t group;
+    Int4() = default;
+    Int4(const Matrix& m, int64_t n) : group(m.group) {
+        const int64_t groups = (m.inputs + group - 1) / group;
+        row = (const uint8_t*)m.weight + n * groups * group / 2;
+        scales = (const uint16_t*)m.scale + n * groups;
+        offsets = (const uint16_t*)m.offset + n * groups;
+    }
+    Vec at(int64_t k) const {
+        Vec levels;
+#if defined(__AVX512F__)
+        const __m128i bytes = _mm_loadl_epi64((const __m128i*)(row + k / 2)), low = _mm_set1_epi8(15);
+        const __m128i halves = _mm_unpacklo_epi8(_mm_and_si128(bytes, low), _mm_and_si128(_mm_srli_epi16(bytes, 4), low));
+        levels = (Vec)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(halves));
+#elif defined(__AVX2__)
+        int32_t four;
+        std::memcpy(&four, row + k / 2, sizeof four);
+        const __m128i bytes = _mm_cvtsi32_si128(four), low = _mm_set1_epi8(15);
+        const __m128i halves = _mm_unpacklo_epi8(_mm_and_si128(bytes, low), _mm_and_si128(_mm_srli_epi16(bytes, 4), low));
+        levels = (Vec)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(halves));
+#else
+        for (int i = 0; i < LANES; i++) levels[i] = level(k + i);
+#endif
+        const int64_t g = k / group;
+        return (levels - 8.0f) * wide(scales[g]) + wide(offsets[g]);
+    }
+    float level(int64_t k) const { return k % 2 ? row[k / 2] >> 4 : row[k / 2] & 15; }
+    float one(int64_t k) const { return (level(k) - 8.0f) * wide(scales[k / group]) + wide(offsets[k / group]); }
+    float scaled(float total) const { return total; }
+};
+
+// What a product reads: M tokens of K numbers, and where they are whole numbers, what each token's sums are multiplied by.
+struct Inputs {
+    const float* x;
+    const float* scales;
+};
+
+// The sums of LANES vectors in one vector, added in the order of `sum`: each round joins two halves.
+template <int HALF>
+inline Vec joined(Vec a, Vec b) {
+    IntVec low, high;
+    for (int i = 0; i < LANES; i++) {
+        // Within each piece of 2 * HALF lanes the first half comes from a's sums so far, the second from b's.
+        const int piece = i / HALF % (LANES / HALF), from = piece < LANES / HALF / 2 ? 0 : LANES;
+        const int at = from + piece % (LANES / HALF / 2) * 2 * HALF + i % HALF;
+        low[i] = at;
+        high[i] = at + HALF;
+    }
+    return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+}
+template <int HALF>
+inline Vec joined_all(const Vec* totals) {
+    if constexpr (HALF == LANES) return totals[0];
+    else {
+        constexpr int apart = LANES / HALF / 2;
+        return joined<HALF>(joined_all<2 * HALF>(totals), joined_all<2 * HALF>(totals + apart));
+    }
+}
+
+// R outputs from n on of M tokens: y[m][n + r] = x[m] · weight[n + r].
+template <class Row, int R, int M>
+inline void tile(const Matrix& w, int64_t n, Inputs in, float* y, int64_t ldy) {
+    const int64_t K = w.inputs;
+    Vec total[R * M] = {};
+    Row rows[R];
+    for (int r = 0; r < R; r++) rows[r] = Row(w, n + r);
+    int64_t k = 0;
+    for (; k + LANES <= K; k += LANES) {
+        Vec weights[R];
+        for (int r = 0; r < R; r++) weights[r] = rows[r].at(k);
+        for (int m = 0; m < M; m++) {
+            const Vec inputs = load(in.x + m * K + k);
+            for (int r = 0; r < R; r++) total[m * R + r] += weights[r] * inputs;
+        }
+    }
+    float sums[R * M];
+    if constexpr (R * M == LANES) store(sums, joined_all<1>(total));
+    else
+        for (int i = 0; i < R * M; i++) sums[i] = sum(total[i]);
+    for (int m = 0; m < M; m++)
+        for (int r = 0; r < R; r++) {
+            float rest = 0;
+            for (int64_t i = k; i < K; i++) rest += rows[r].one(i) * in.x[m * K + i];
+            const float scaled = rows[r].scaled(sums[m * R + r] + rest) * (in.scales ? in.scales[m] : 1.0f);
+            y[m * ldy + n + r] = scaled + (w.bias ? w.bias[n + r] : 0.0f);
+        }
+}
+
+// Outputs `from` to `to` of M of the tokens from m on, as many as there are registers for at once.
+template <class Row, int M>
+inline void tiles(const Matrix& w, int64_t from, int64_t to, Inputs in, int64_t& m, int64_t tokens, float* y, int64_t ldy) {
+    constexpr int R = std::min(8, LANES / M);  // more rows of weights at once read memory more slowly
+    for (; m + M <= tokens; m += M) {
+        const Inputs some = {in.x + m * w.inputs, in.scales ? in.scales + m : nullptr};
+        int64_t n = from;
+        for (; n + R <= to; n += R) tile<Row, R, M>(w, n, some, y + m * ldy, ldy);
+        for (; n < to; n++) tile<Row, 1, M>(w, n, some, y + m * ldy, ldy);
+    }
+}
+// Outputs `from` to `to` of all tokens; the weights of LANES outputs stay in a near cache while the tokens pass.
+template <class Row>
+void outputs_of(const Matrix& w, int64_t from, int64_t to, Inputs in, int64_t tokens, float* y, int64_t ldy) {
+    for (int64_t n = from; n < to; n += LANES) {
+        const int64_t end = std::min(to, n + LANES);
+        int64_t m = 0;
+        if constexpr (LANES >= 8) tiles<Row, 4>(w, n, end, in, m, tokens, y, ldy);
+        tiles<Row, 2>(w, n, end, in, m, tokens, y, ldy);
+        tiles<Row, 1>(w, n, end, in, m, tokens, y, ldy);
+    }
+}
+void multiply(const Matrix& w, int64_t from, int64_t to, Inputs in, int64_t M, float* y, int64_t ldy) {
+    switch (w.kind) {
+        case FLOAT32: return outputs_of<Float32>(w, from, to, in, M, y, ldy);
+        case FLOAT16: return outputs_of<Float16>(w, from, to, in, M, y, ldy);
+        case INT8: return outputs_of<Int8>(w, from, to, in, M, y, ldy);
+        default: return outputs_of<Int4>(w, from, to, in, M, y, ldy);
+    }
+}
+
+// Memory for n numbers that a thread keeps.
+float* room(std::vector<float>& held, int64_t n) {
+    if (int64_t(held.size()) < n) held.resize(n);
+    return held.data();
+}
+
+// M tokens as a product reads them, which may be rounded.
+Inputs inputs_of(const Matrix& w, const float* x, int64_t M) {
+    if (!w.levels) return {x, nullptr};
+    static thread_local std::vector<float> held;
+    const int64_t K = w.inputs;
+    float *rounded = room(held, M * (K + 1)), *scales = rounded + M * K;
+    const Vec magic = all(12582912.0f);
+    for (int64_t m = 0; m < M; m++) {
+        const float* token = x + m * K;
+        float largest = 1.17549435e-38f;
+        for (int64_t k = 0; k < K; k++) largest = std::max(largest, std::fabs(token[k]));
+        scales[m] = largest / w.levels;
+        apply(K, rounded + m * K, [&](int64_t k, int c) { return load_some(token + k, c) / scales[m] + magic - magic; });
+    }
+    return {rounded, scales};
+}
+
+struct Share {
+    int64_t from, to;
+    // This thread's part of n things, in whole vectors.
+    explicit Share(int64_t n) {
+        const int64_t vectors = (n + LANES - 1) / LANES, threads = omp_get_num_threads(), thread = omp_get_thread_num();
+        from = std::min(n, vectors * thread / threads * LANES);
+        to = std::min(n, vectors * (thread + 1) / threads * LANES);
+    }
+};
+
+// ------------------------------------------------------------------------------------------------------------ a block
+
+enum Placement : int32_t { PRE = 0, POST = 1, SANDWICH = 2, HUGINN = 3 };
+enum Rope : int32_t { NO_ROPE = 0, HALVES = 1, INTERLEAVED = 2 };
+enum HeadNorm : int32_t { NO_HEAD_NORM = 0, EACH_HEAD = 1, ALL_HEADS = 2 };
+
+struct Layer {
+    Matrix qkv, proj, fc, down;
+    const float* norms[4];  // as `Block` numbers them
+    const float *q_norm, *k_norm, *qk_bias;
+    int32_t width, heads, kv_heads, head_dim, hidden;
+    int32_t placement, one_plus, gelu, rope, rotated, head_norm;
+    float eps, scaling, soft_cap;  // no soft cap: 0
+};
+
+struct Call {
+    const float* x;  // [B, T, D]
+    float* out;
+    const float *cos, *sin;     // as `rotary.rotations` gives them, [B or 1, T, …]
+    float *keys, *values;       // [B, G, at least S, C]
+    const void* mask;           // [B or 1, 1, T, S], bytes or fp32 to be added; null where all is causal
+    int64_t rows, tokens, past, rope_row, row_stride, head_stride, mask_row, mask_token;
+    int32_t mask_is_added, threads;
+};
+
+void rms_norm(const float* x, const float* weight, int64_t n, const Layer& layer, float* to) {
+    const float scale = 1.0f / std::sqrt(dot(x, x, n) / n + layer.eps), plus = layer.one_plus ? 1.0f : 0.0f;
+    apply(n, to, [&](int64_t i, int c) { return load_some(x + i, c) * scale * (load_some(weight + i, c) + plus); });
+}
+
+void activate(const float* gate, const float* up, int64_t n, bool gelu, float* to) {
+    apply(n, to, [&](int64_t i, int c) {
+        const Vec g = load_some(gate + i, c);
+        // tanh's gelu is x times a sigmoid as well.
+        const Vec inner = gelu ? 1.5957691216057308f * (g + 0.044715f * g * g * g) : g;
+        return g / (1.0f + exponential(-inner)) * load_some(up + i, c);
+    });
+}
+
+void turn(float* x, const float* cos, const float* sin, const Layer& layer) {
+    const int half = layer.rotated / 2;
+    if (layer.rope == HALVES)
+        for (int i = 0; i < half; i++) {
+            const float a = x[i], b = x[i + half];
+            x[i] = b * sin[i] + a * cos[i];
+            x[i + half] = a * sin[i + half] + b * cos[i + half];
+        }
+    else if (layer.rope == INTERLEAVED)
+        for (int i = 0; i < half; i++) {
+            const float a = x[2 * i], b = x[2 * i + 1];
+            x[2 * i] = a * cos[i] - b * sin[i];
+            x[2 * i + 1] = b * cos[i] + a * sin[i];
+        }
+}
+
+// Norms, biases and turns of one token's queries and keys, in place; then its key and value go to the cache.
+void place(const Layer& layer, const Call& call, int64_t b, int64_t t, float* qkv) {
+    const int C = layer.head_dim, heads = layer.heads + layer.kv_heads;
+    float* keys = qkv + int64_t(layer.heads) * C;
+    const int per_angle = layer.rope == INTERLEAVED ? layer.rotated / 2 : layer.rotated;
+    const int64_t angle = b * call.rope_row + t * per_angle;
+    if (layer.head_norm == ALL_HEADS) {
+        rms_norm(qkv, layer.q_norm, int64_t(layer.heads) * C, layer, qkv);
+        rms_norm(keys, layer.k_norm, int64_t(layer.kv_heads) * C, layer, keys);
+    }
+    for (int h = 0; h < heads; h++) {
+        float* head = qkv + int64_t(h) * C;
+        if (layer.head_norm == EACH_HEAD) rms_norm(head, h < layer.heads ? layer.q_norm : layer.k_norm, C, layer, head);
+        // Huginn's biases are there for as many key heads as query heads.
+        if (layer.qk_bias) {
+            const float* bias = layer.qk_bias + int64_t(h) * C;
+            for (int i = 0; i < C; i++) head[i] += bias[i];
+        }
+        if (layer.rope != NO_ROPE) turn(head, call.cos + angle, call.sin + angle, layer);
+    }
+    for (int g = 0; g < layer.kv_heads; g++) {
+        const int64_t to = b * call.row_stride + g * call.head_stride + (call.past + t) * C;
+        std::memcpy(call.keys + to, keys + int64_t(g) * C, C * sizeof(float));
+        std::memcpy(call.values + to, keys + int64_t(layer.kv_heads + g) * C, C * sizeof(float));
+    }
+}
+
+// The sum of n rows of C numbers, each times its score, with the sums of a few columns at a time in registers.
+void weigh(const float* scores, const float* rows, int n, int C, float* to) {
+    int i = 0;
+    for (; i + 4 * LANES <= C; i += 4 * LANES) {
+        Vec total[4] = {};
+        for (int s = 0; s < n; s++)
+            for (int j = 0; j < 4; j++) total[j] += scores[s] * load(rows + int64_t(s) * C + i + j * LANES);
+        for (int j = 0; j < 4; j++) store(to + i + j * LANES, total[j]);
+    }
+    for (; i < C; i += LANES) {
+        const int count = std::min(LANES, C - i);
+        Vec total{};
+        for (int s = 0; s < n; s++) total += scores[s] * load_some(rows + int64_t(s) * C + i, count);
+        for (int j = 0; j < count; j++) to[i + j] = total[j];
+    }
+}
+
+// What the queries of one group and row make of a stretch of keys: for each query its largest score, the sum of the
+// weights, and the weighted sum of the values (C numbers).
+void read_keys(const Layer& layer, const Call& call, int64_t b, int g, int64_t from, int64_t to, const float* qkv, int64_t ldq,
+               float* parts) {
+    const int C = layer.head_dim, each = layer.heads / layer.kv_heads;
+    const int64_t base = b * call.row_stride + g * call.head_stride;
+    float scores[KEYS_AT_ONCE];
+    for (int64_t t = 0; t < call.tokens; t++) {
+        const int64_t seen = std::min(to, call.mask ? to : call.past + t + 1);
+        const int64_t masked = b * call.mask_row + t * call.mask_token + from;
+        const uint8_t* seen_bytes = call.mask_is_added ? nullptr : (const uint8_t*)call.mask;
+        const float* addition = call.mask_is_added ? (const float*)call.mask : nullptr;
+        for (int e = 0; e < each; e++) {
+            const float* query = qkv + (b * call.tokens + t) * ldq + int64_t(g * each + e) * C;
+            float* part = parts + (t * each + e) * (C + 2);
+            const int n = int(std::max<int64_t>(seen - from, 0));
+            float largest = NEVER;
+            for (int s = 0; s < n; s++) {
+                float score = dot(query, call.keys + base + (from + s) * C, C) * layer.scaling;
+                if (layer.soft_cap > 0) score = layer.soft_cap * std::tanh(score / layer.soft_cap);
+                if (seen_bytes && !seen_bytes[masked + s]) score = NEVER;
+                if (addition) score = std::max(NEVER, score + addition[masked + s]);
+                scores[s] = score;
+                largest = std::max(largest, score);
+            }
+            apply(n, scores, [&](int64_t i, int c) { return exponential(load_some(scores + i, c) - largest); });
+            part[0] = largest;
+            part[1] = 0;
+            for (int s = 0; s < n; s++) part[1] += scores[s];
+            weigh(scores, call.values + base + from * C, n, C, part + 2);
+        }
+    }
+}
+
+// Joins what one head of one token read in the stretches of keys.
+void join(const float* parts, int64_t stretches, int64_t apart, int C, float* to) {
+    float largest = NEVER, weights = 0;
+    for (int64_t i = 0; i < stretches; i++) largest = std::max(largest, parts[i * apart]);
+    std::fill(to, to + C, 0.0f);
+    for (int64_t i = 0; i < stretches; i++) {
+        const float* part = parts + i * apart;
+        if (part[1] == 0) continue;
+        const float share = std::exp(part[0] - largest);
+        weights += share * part[1];
+        for (int j = 0; j < C; j++) to[j] += share * part[2 + j];
+    }
+    for (int j = 0; j < C; j++) to[j] /= weights;
+}
+
+// x + f(x) with the family's norms around it: `before` is what f reads, `after` the sum.
+void before(const Layer& layer, int which, const float* x, int64_t M, float* to) {
+    const int64_t D = layer.width;
+    const bool normed = layer.placement != POST;
+    const float* weight = layer.norms[layer.placement == PRE ? which : 2 * which];
+    for (int64_t m = 0; m < M; m++)
+        if (normed) rms_norm(x + m * D, weight, D, layer, to + m * D);
+        else std::memcpy(to + m * D, x + m * D, D * sizeof(float));
+}
+void after(const Layer& layer, int which, const float* x, const float* added, int64_t m, float* to) {
+    const int64_t D = layer.width;
+    const float* weight = layer.norms[layer.placement == POST ? which : 2 * which + 1];
+    float* out = to + m * D;
+    auto plus = [&](const float* a, const float* b) {
+        apply(D, out, [&](int64_t i, int c) { return load_some(a + i, c) + load_some(b + i, c); });
+    };
+    if (layer.placement == PRE) return plus(x + m * D, added + m * D);
+    if (layer.placement == HUGINN) {
+        plus(x + m * D, added + m * D);
+        return rms_norm(out, weight, D, layer, out);
+    }
+    static thread_local std::vector<float> held;
+    float* normed = room(held, D);
+    rms_norm(added + m * D, weight, D, layer, normed);
+    plus(x + m * D, normed);
+}
+
+}  // namespace
+
+extern "C" void redepth_linear(const Matrix* w, const float* x, int64_t M, float* y, int32_t threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        const Share share(w->outputs);
+        multiply(*w, share.from, share.to, inputs_of(*w, x, M), M, y, w->outputs);
+    }
+}
+
+extern "C" void redepth_block(const Layer* held_layer, const Call* held_call) {
+    const Layer& layer = *held_layer;
+    const Call& call = *held_call;
+    const int64_t M = call.rows * call.tokens, D = layer.width, I = layer.hidden, C = layer.head_dim;
+    const int64_t S = call.past + call.tokens, stretches = (S + KEYS_AT_ONCE - 1) / KEYS_AT_ONCE;
+    const int64_t N = layer.qkv.outputs, each = layer.heads / layer.kv_heads;
+    const int64_t of_task = call.tokens * each * (C + 2), tasks = call.rows * layer.kv_heads * stretches;
+    static thread_local std::vector<float> shared;
+    float* qkv = room(shared, M * (N + 2 * I + 2 * D) + tasks * of_task);
+    float *gate = qkv + M * N, *up = gate + M * I, *mixed = up + M * I, *added = mixed + M * D, *parts = added + M * D;
+#pragma omp parallel num_threads(call.threads)
+    {
+        static thread_local std::vector<float> own;
+        const int64_t widest = std::max(D, layer.heads * C);
+        float* inputs = room(own, M * (widest + D));
+        float* x = inputs + M * widest;
+        const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+
+        before(layer, 0, call.x, M, inputs);
+        const Share heads(N), width(D), hidden(I);
+        multiply(layer.qkv, heads.from, heads.to, inputs_of(layer.qkv, inputs, M), M, qkv, N);
+#pragma omp barrier
+        for (int64_t m = thread; m < M; m += threads) place(layer, call, m / call.tokens, m % call.tokens, qkv + m * N);
+#pragma omp barrier
+        for (int64_t task = thread; task < tasks; task += threads) {
+            const int64_t from = task % stretches * KEYS_AT_ONCE, group = task / stretches;
+            read_keys(layer, call, group / layer.kv_heads, int(group % layer.kv_heads), from,
+                      std::min(S, from + KEYS_AT_ONCE), qkv, N, parts + task * of_task);
+        }
+#pragma omp barrier
+        for (int64_t m = 0; m < M; m++)
+            for (int64_t h = 0; h < layer.heads; h++) {
+                const int64_t group = m / call.tokens * layer.kv_heads + h / each;
+                const float* part = parts + group * stretches * of_task + (m % call.tokens * each + h % each) * (C + 2);
+                join(part, stretches, of_task, int(C), inputs + m * layer.heads * C + h * C);
+            }
+        multiply(layer.proj, width.from, width.to, inputs_of(layer.proj, inputs, M), M, mixed, D);
+#pragma omp barrier
+        for (int64_t m = 0; m < M; m++) after(layer, 0, call.x, mixed, m, x);
+        before(layer, 1, x, M, inputs);
+        const Inputs both = inputs_of(layer.fc, inputs, M);
+        multiply(layer.fc, hidden.from, hidden.to, both, M, gate, I);
+        multiply(layer.fc, I + hidden.from, I + hidden.to, both, M, up - I, I);
+        for (int64_t m = 0; m < M; m++) {
+            const int64_t at = m * I + hidden.from;
+            activate(gate + at, up + at, hidden.to - hidden.from, layer.gelu, gate + at);
+        }
+#pragma omp barrier
+        multiply(layer.down, width.from, width.to, inputs_of(layer.down, gate, M), M, added, D);
+#pragma omp barrier
+        for (int64_t m = thread; m < M; m += threads) after(layer, 1, x, added, m, call.out);
+    }
+}

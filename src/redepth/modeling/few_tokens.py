@@ -1,0 +1,281 @@
+"""Few new tokens on a processor, each block in one call of the kernels in `few_tokens.cpp`.
+
+torch's products of few tokens with a matrix read memory at a third of what it gives, and the small operations between
+them cost as much again. The kernels are compiled once a machine, in some seconds, and kept beside other caches.
+
+Shapes: B batch, T new tokens, M = B · T, S stored and new tokens, D width, K inputs, N outputs.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from .cache import RecurrentDepthCache
+from .passes import PassContext
+from .quantization import DYNAMIC
+from .quantized_linear import ACTIVATION_LEVELS, HalfHead, QuantizedLinear
+
+logger = logging.get_logger(__name__)
+
+SOURCE = Path(__file__).with_name("few_tokens.cpp")
+# So many tokens at most; beyond, torch's products are as fast.
+MOST_TOKENS = 32
+# What torch calls the processor's abilities, and how a compiler is told of them.
+INSTRUCTIONS = {"AVX512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c", "AVX2": "-mavx2 -mfma -mf16c"}
+PLACEMENTS = ("pre", "post", "sandwich", "huginn")
+ROPES = {"half": 1, "interleaved": 2}
+HEAD_NORMS = {None: 0, "head": 1, "full": 2}
+GELU = {"silu": 0, "gelu_pytorch_tanh": 1}
+FLOAT32, FLOAT16, INT8, INT4 = range(4)
+KINDS = {16: FLOAT16, 8: INT8, 4: INT4}
+
+
+def _fields(**kinds: Any) -> list[tuple[str, Any]]:
+    """A structure's fields, each kind with the names that have it."""
+    return [(name, kind) for names, kind in kinds.values() for name in names.split()]
+
+
+class Matrix(ctypes.Structure):
+    """`Matrix` of few_tokens.cpp."""
+
+    _fields_ = _fields(
+        a=("weight scale offset bias", ctypes.c_void_p), b=("outputs inputs", ctypes.c_int64), c=("kind group levels", ctypes.c_int32)
+    )
+
+
+class Layer(ctypes.Structure):
+    """`Layer` of few_tokens.cpp."""
+
+    _fields_ = _fields(
+        a=("qkv proj fc down", Matrix),
+        b=("norms", ctypes.c_void_p * 4),
+        c=("q_norm k_norm qk_bias", ctypes.c_void_p),
+        d=("width heads kv_heads head_dim hidden placement one_plus gelu rope rotated head_norm", ctypes.c_int32),
+        e=("eps scaling soft_cap", ctypes.c_float),
+    )
+
+
+class Call(ctypes.Structure):
+    """`Call` of few_tokens.cpp."""
+
+    _fields_ = _fields(
+        a=("x out cos sin keys values mask", ctypes.c_void_p),
+        b=("rows tokens past rope_row row_stride head_stride mask_row mask_token", ctypes.c_int64),
+        c=("mask_is_added threads", ctypes.c_int32),
+    )
+
+
+@lru_cache
+def library() -> ctypes.CDLL:
+    """The kernels, compiled for this processor where that has not been done yet.
+
+    Raises:
+        OSError: where there is no source (in an exported checkpoint), no compiler, or the compiler fails; in one line.
+    """
+    if not SOURCE.exists():
+        raise FileNotFoundError("an exported checkpoint has no kernels; install redepth")
+    compiler = os.environ.get("CXX", "c++")
+    instructions = INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), "")
+    command = [compiler, "-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w", *instructions.split()]
+    described = [*command, platform.machine(), SOURCE.read_text(encoding="utf-8")]
+    name = hashlib.sha256("\n".join(described).encode()).hexdigest()[:20]
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "redepth"
+    place = folder / f"few_tokens-{name}.so"
+    if not place.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder) as scratch:
+            made = Path(scratch) / place.name
+            done = subprocess.run([*command, str(SOURCE), "-o", str(made)], capture_output=True, text=True, check=False)
+            if done.returncode:
+                said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+                raise OSError(f"{compiler} failed: {said[0]}")
+            made.replace(place)
+    kernels = ctypes.CDLL(str(place))
+    kernels.redepth_linear.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32]
+    kernels.redepth_block.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    kernels.redepth_linear.restype = kernels.redepth_block.restype = None
+    return kernels
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _matrix(linear: nn.Module) -> Matrix | None:
+    """A linear layer as the kernels take it; None for one that they can't read."""
+    if type(linear) is QuantizedLinear and linear.dtype == torch.float32:
+        linear.keep_stored()
+        described = (KINDS[linear.bits], linear.group_size, ACTIVATION_LEVELS if linear.kind == DYNAMIC else 0)
+        scale, offset = getattr(linear, "scale", None), getattr(linear, "offset", None)
+    elif type(linear) in (nn.Linear, HalfHead) and linear.weight.dtype == torch.float32:
+        described, scale, offset = (FLOAT32, 0, 0), None, None
+    else:
+        return None
+    tensors = (linear.weight, scale, offset, linear.bias)
+    if any(tensor is not None and not (tensor.is_contiguous() and tensor.device.type == "cpu") for tensor in tensors):
+        return None
+    return Matrix(*map(_pointer, tensors), linear.out_features, linear.in_features, *described)
+
+
+class Bound:
+    """A module as its kernels take it, and what has to stay as it was for that to be so."""
+
+    def __init__(self, module: nn.Module, made: Any) -> None:
+        self.made = made
+        self.modules = list(module.modules())
+        self.children = [(part._modules, name, child) for part in self.modules for name, child in part._modules.items()]
+        self.tensors = [
+            (part._parameters, name, tensor, _pointer(tensor))
+            for part in self.modules
+            for name, tensor in part._parameters.items()
+        ]
+
+    def stands(self) -> bool:
+        """Whether modules and tensors are the same, the tensors lie where they lay, and nobody waits for a module's call."""
+        return (
+            all(children.get(name) is child for children, name, child in self.children)
+            and all(
+                held.get(name) is tensor and _pointer(tensor) == address for held, name, tensor, address in self.tensors
+            )
+            and not any(
+                part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__ for part in self.modules
+            )
+        )
+
+
+_BOUND: WeakKeyDictionary[nn.Module, Bound] = WeakKeyDictionary()
+
+
+def _bound(module: nn.Module, make: Any) -> Any:
+    bound = _BOUND.get(module)
+    if bound is None or not bound.stands():
+        bound = _BOUND[module] = Bound(module, make(module))
+        if not bound.stands():  # somebody waits for its call
+            bound.made = None
+    return bound.made
+
+
+def _layer(block: Any) -> Layer | None:
+    """A block as the kernels take it; None for one that they can't run."""
+    attention = getattr(block, "attn", None)
+    if attention is None or attention.config.activation not in GELU:
+        return None
+    config = attention.config
+    matrices = [_matrix(part) for part in (attention.Wqkv, attention.proj, block.mlp.fc, block.mlp.proj)]
+    norms = [getattr(block, f"norm_{i}", None) for i in (1, 2, 3, 4)]
+    held = [norm.weight for norm in norms if norm is not None]
+    small = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    small = [norm.weight if norm is not None else None for norm in small] + [getattr(attention, "qk_bias", None)]
+    if None in matrices or any(tensor is not None and tensor.dtype != torch.float32 for tensor in (*held, *small)):
+        return None
+    layer = Layer(*matrices)
+    layer.norms[:] = [norm.weight.data_ptr() if norm is not None else 0 for norm in norms]
+    layer.q_norm, layer.k_norm, layer.qk_bias = map(_pointer, small)
+    layer.width, layer.heads, layer.kv_heads = config.n_embd, config.n_heads, attention.kv_heads
+    layer.head_dim, layer.hidden = attention.head_dim, config.intermediate_size
+    layer.placement, layer.one_plus = PLACEMENTS.index(block.placement), config.norm_weight == "one_plus"
+    layer.gelu, layer.head_norm = GELU[config.activation], HEAD_NORMS[config.qk_norm]
+    layer.rope = ROPES[config.rope_style] if attention.has_rope else 0
+    layer.eps, layer.scaling, layer.soft_cap = config.norm_eps, attention.scaling, attention.soft_cap or 0.0
+    return layer
+
+
+def _call(x: torch.Tensor, context: PassContext, kind: str, interleaved: bool) -> tuple[Call, Any] | None:
+    """What the layers of one kind share in a pass over `x` `[B, T, D]`, and the tensors that it points to."""
+    rows, tokens, _ = x.shape
+    cos, sin = (part.contiguous() for part in context.rotations[kind])
+    mask = context.masks[kind]
+    if mask is None:
+        if tokens > 1 and context.attention != "sdpa":
+            return None
+    elif not isinstance(mask, torch.Tensor) or mask.ndim != 4 or mask.dtype not in (torch.bool, torch.float32):
+        return None
+    elif mask.stride(-1) != 1 or mask.shape[1] != 1:
+        mask = mask[:, :1].contiguous()
+    call = Call(cos=cos.data_ptr(), sin=sin.data_ptr(), mask=_pointer(mask), rows=rows, tokens=tokens)
+    call.rope_row = cos.stride(0) if len(cos) > 1 else 0
+    if mask is not None:
+        call.mask_row = mask.stride(0) if len(mask) > 1 else 0
+        call.mask_token = mask.stride(2)
+        call.mask_is_added = mask.dtype == torch.float32
+    call.past, call.threads = context.cache.get_seq_length(), torch.get_num_threads()
+    return call, (cos, sin, mask, cos.shape[-1] * (2 if interleaved else 1))
+
+
+def can_run(stack: Any) -> bool:
+    """Whether the kernels know a stack's layers and can be compiled here; where only a compiler is missing, one line says so."""
+    blocks = [*stack.prelude, *stack.core_block, *stack.coda]
+    if stack.device.type != "cpu" or any(_bound(block, _layer) is None for block in blocks):
+        return False
+    try:
+        library()
+    except OSError as error:
+        logger.warning(f"few tokens run as before, without kernels of their own: {error}")
+        return False
+    return True
+
+
+def suits(x: torch.Tensor) -> bool:
+    """Whether the kernels may run on `x` `[…, D]`: few tokens in fp32 on a processor, and no gradient wanted."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and x.numel() <= MOST_TOKENS * x.shape[-1]
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def product(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`linear(x)`, `[…, K]` → `[…, N]`, by the kernels where they can."""
+    matrix = _bound(linear, _matrix) if suits(x) else None
+    if matrix is None:
+        return linear(x)
+    x = x.contiguous()
+    y = x.new_empty(*x.shape[:-1], matrix.outputs)
+    tokens = x.numel() // matrix.inputs
+    library().redepth_linear(
+        ctypes.byref(matrix), x.data_ptr(), tokens, y.data_ptr(), torch.get_num_threads()
+    )
+    return y
+
+
+def run_block(block: Any, x: torch.Tensor, context: PassContext, step: int) -> torch.Tensor | None:
+    """`block(x, context, step)` on `x` `[B, T, D]`; None where the kernels can't: see `suits`, and a pass with a cache that
+    nobody watches, whose rows are all there."""
+    cache = context.cache
+    plain = context.subset is None and context.attend is None and not context.watchers
+    if not plain or type(cache) is not RecurrentDepthCache or not suits(x):
+        return None
+    layer = _bound(block, _layer)
+    if layer is None:
+        return None
+    attention = block.attn
+    shared = context.calls.get(attention.layer_type)
+    if shared is None:
+        shared = context.calls[attention.layer_type] = _call(x, context, attention.layer_type, layer.rope == 2)
+        if shared is None:
+            return None
+    call, (_, _, _, layer.rotated) = shared
+    x = x.contiguous()
+    stored = cache.open_layer(attention.layer_idx, step, x, layer.kv_heads, layer.head_dim)
+    if stored is None:
+        return None
+    keys, values = stored
+    out = torch.empty_like(x)
+    call.x, call.out, call.keys, call.values = x.data_ptr(), out.data_ptr(), keys.data_ptr(), values.data_ptr()
+    call.row_stride, call.head_stride = keys.stride(0), keys.stride(1)
+    library().redepth_block(ctypes.byref(layer), ctypes.byref(call))
+    return out
