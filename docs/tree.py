@@ -20,6 +20,8 @@ def said_by(file: Path) -> str:
     text = file.read_text(encoding="utf-8")
     if file.suffix == ".py":
         text = ast.get_docstring(ast.parse(text)) or ""
+    elif file.suffix in (".cpp", ".h"):
+        text = text.partition("\n//\n")[0].replace("//", "")
     else:
         text = "\n".join(line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
     return " ".join(text.partition("\n\n")[0].split())
@@ -40,7 +42,7 @@ def lines_of(folder: Path, name: str, says: str, depth: int) -> list[str]:
         )
 
     lines = [line(depth, f"{name}/", says)]
-    for file in sorted(file for file in folder.iterdir() if file.suffix in (".py", ".yaml")):
+    for file in sorted(file for file in folder.iterdir() if file.suffix in (".py", ".yaml", ".cpp", ".h")):
         if file.name != "__init__.py":
             lines.append(line(depth + 1, file.name, said_by(file)))
     for package in sorted(file.parent for file in folder.glob("*/__init__.py")):

@@ -22,12 +22,19 @@ MODELING_MAY_IMPORT = {
     "copy",
     "dataclasses",
     "functools",
+    "ctypes",
+    "hashlib",
     "importlib",
     "inspect",
     "math",
     "operator",
+    "os",
+    "pathlib",
     "pkgutil",
+    "platform",
     "re",
+    "subprocess",
+    "tempfile",
     "time",
     "typing",
     "warnings",
@@ -124,6 +131,10 @@ def test_no_verb_is_hidden_by_a_part_of_its_name() -> None:
 # Other libraries' names that have no public twin; each was looked for.
 FOREIGN_PRIVATE = {
     "_attn_implementation",  # transformers: of a config
+    "_modules",  # of a torch module
+    "_parameters",
+    "_forward_hooks",
+    "_forward_pre_hooks",
     "_cdata",  # torch: which storage this is
     "_is_amx_tile_supported",  # torch.cpu
     "_is_avx512_bf16_supported",

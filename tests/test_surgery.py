@@ -205,6 +205,7 @@ def test_output_folder_is_complete(zoo, tmp_path: Path) -> None:
         "compiled.py",
         "drafting.py",
         "exit_heads.py",
+        "few_tokens.py",
         "quantization.py",
         "quantized_linear.py",
         "quantized_weights.py",

@@ -272,7 +272,8 @@ def load(
         dtype: `auto` (as saved), a torch dtype or its name.
         device: where to put it; `auto` takes a GPU where there is one.
         options: `revision`, `device_map` and `attn_implementation`, as transformers takes them; `quantization`, `int8`,
-            `int8-weight-only`, `int4` or a configuration, to quantise the core as it is loaded.
+            `int8-weight-only`, `int4` or a configuration, to quantise the core as it is loaded; `few_token_kernels`, to
+            decode by compiled kernels where they know the model, as the commands that write text do.
 
     Raises:
         RedepthError: where there is no such checkpoint, it is of another kind, its weights don't fit or are not numbers,

@@ -36,6 +36,7 @@ def load(
     device_map: Any = None,
     quantization: Any = None,
     attn_implementation: str | None = None,
+    few_token_kernels: bool = False,
 ) -> RecurrentDepthForCausalLM | RecurrentGemmaForCausalLM:
     """A model recurrent in depth (`huginn_raven`) or in time (`recurrent_gemma`), in eval mode.
 
@@ -51,6 +52,7 @@ def load(
             the core; a `DepthQuantizationConfig`; or another of transformers' own configurations. A checkpoint that is
             stored quantised needs none.
         attn_implementation: `sdpa`, `eager`, …; transformers' choice by default.
+        few_token_kernels: decode by compiled kernels where they know the model: `model.use_few_token_kernels()`.
 
     Raises:
         RedepthError: where there is no such checkpoint, it is of another kind, its weights don't fit or are not numbers,
@@ -76,6 +78,8 @@ def load(
     kind = getattr(model, "published_kind", None)
     if kind is not None and kind.is_inferred:
         check_inferred(name, model)
+    if few_token_kernels and hasattr(model, "use_few_token_kernels"):
+        model.use_few_token_kernels()
     return model
 
 

@@ -193,7 +193,7 @@ def command(
     redepth.DepthPolicy.resolve(api.read_config(checkpoint), **keywords)
     if max_new_tokens < 1:
         raise RedepthError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
-    model: Any = api.load(checkpoint, dtype, device)
+    model: Any = api.load(checkpoint, dtype, device, few_token_kernels=True)
     tokenizer = api.load_tokenizer(checkpoint)
     if not tokenizer.chat_template:
         raise RedepthError(f"{checkpoint} has no chat template; use redepth generate")

@@ -120,7 +120,7 @@ def command(
     depths = num_steps or [config.default_num_steps]
     for depth in depths:
         redepth.DepthPolicy.resolve(config, **policy, num_steps=depth)
-    model: Any = api.load(checkpoint, dtype, device)
+    model: Any = api.load(checkpoint, dtype, device, few_token_kernels=True)
     tokenizer = api.load_tokenizer(checkpoint)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     start = inputs["input_ids"].shape[1]

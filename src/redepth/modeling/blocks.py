@@ -12,7 +12,7 @@ from .attention import attend, attention_map
 from .attention_backward import ProcessorAttention, gains_from_own_backward
 from .configuration import RecurrentDepthConfig
 from .elementwise import RMSNorm, times
-from .few_tokens import run_block
+from .few_tokens import product_by, run_block
 from .fields import LRU_LAYER
 from .lru_mixer import LruBlock, Timeline, scan_on
 from .lru_slots import TokenWrites
@@ -35,6 +35,7 @@ class Attention(nn.Module):
         super().__init__()
         assert config.head_dim is not None and config.num_key_value_heads is not None
         self.config = config
+        self.few_token_kernels = False  # as the block's
         self.layer_idx = layer
         self.layer_type = config.layer_type(layer)
         self.has_rope = config.layer_has_rope(layer)
@@ -62,12 +63,13 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, context: PassContext, step: int) -> torch.Tensor:
         """`x` is `[B, T, D]`; `step` counts from 1 in the core and is 0 elsewhere. Returns `[B, T, D]`."""
+        qkv, proj = (product_by(part, self.few_token_kernels) for part in (self.Wqkv, self.proj))
         if self.only_turns:
-            heads = self.Wqkv(x).view(*x.shape[:-1], -1, self.head_dim)
+            heads = qkv(x).view(*x.shape[:-1], -1, self.head_dim)
             both, value = heads.split([heads.shape[2] - self.kv_heads, self.kv_heads], dim=2)
             query, key = self._turned(both, context).split([both.shape[2] - self.kv_heads, self.kv_heads], dim=2)
         else:
-            query, key, value = self.Wqkv(x).split([self.q_width, self.kv_width, self.kv_width], dim=-1)
+            query, key, value = qkv(x).split([self.q_width, self.kv_width, self.kv_width], dim=-1)
             if self.config.qk_norm == "full":
                 query, key = self.q_norm(query), self.k_norm(key)
             query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in (query, key, value))
@@ -79,7 +81,7 @@ class Attention(nn.Module):
             query, key = self._turned(query, context), self._turned(key, context)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if context.attend is not None:
-            return self.proj(context.attend(self, query, key, value).flatten(2))
+            return proj(context.attend(self, query, key, value).flatten(2))
         if context.cache is not None:
             key, value = context.cache.update(key, value, self.layer_idx, step, context.subset)
         mask = context.masks[self.layer_type]
@@ -89,8 +91,8 @@ class Attention(nn.Module):
             # Norms of q and k widen them under autocast; v has the dtype of the products.
             query, key = query.to(value.dtype), key.to(value.dtype)
             mixed = ProcessorAttention.apply(query, key, value, mask, self.scaling)
-            return self.proj(mixed.transpose(1, 2).flatten(2))
-        return self.proj(attend(self, context.attention, query, key, value, mask).flatten(2))
+            return proj(mixed.transpose(1, 2).flatten(2))
+        return proj(attend(self, context.attention, query, key, value, mask).flatten(2))
 
     def _turned(self, x: torch.Tensor, context: PassContext) -> torch.Tensor:
         """Queries or keys `[B, T, heads, K]` with their positions in them, on layers that have any."""
@@ -157,10 +159,12 @@ class GatedMLP(nn.Module):
         self.fc = nn.Linear(config.n_embd, 2 * config.intermediate_size, bias=config.mlp_bias)
         self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.mlp_bias)
         self.act = ACT2FN[config.activation]
+        self.few_token_kernels = False  # as the block's
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.fc(x).chunk(2, dim=-1)
-        return self.proj(self.act(gate) * up)
+        fc, proj = (product_by(part, self.few_token_kernels) for part in (self.fc, self.proj))
+        gate, up = fc(x).chunk(2, dim=-1)
+        return proj(self.act(gate) * up)
 
 
 class Block(GradientCheckpointingLayer):
@@ -174,7 +178,7 @@ class Block(GradientCheckpointingLayer):
         super().__init__()
         self.placement = config.norm_placement
         self.layer_idx = layer
-        self.uses_kernels = False  # see `RecurrentStack.compile_core`
+        self.few_token_kernels = False  # see `RecurrentStack.use_few_token_kernels`
         # The tensors' names also show which of the two a layer has.
         if config.layer_type(layer) == LRU_LAYER:
             self.recurrence = LruMixer(config, layer)
@@ -193,7 +197,7 @@ class Block(GradientCheckpointingLayer):
     def forward(self, x: torch.Tensor, context: PassContext, step: int = 0) -> torch.Tensor:
         """`x` is `[B, T, D]`; `step` counts from 1 in the core and is 0 elsewhere. Returns `[B, T, D]`."""
         context = context.to(x.device)
-        if self.uses_kernels:
+        if self.few_token_kernels:
             reached = run_block(self, x, context, step)
             if reached is not None:
                 return reached

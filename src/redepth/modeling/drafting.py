@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .quantization import DEFAULT_GROUP_SIZE, DYNAMIC_PARTS
+from .few_tokens import product
+from .quantization import DEFAULT_GROUP_SIZE, DYNAMIC_PARTS, WEIGHT_ONLY
 from .quantized_linear import DynamicInt8, Half, PackedInt8, QuantizedLinear, best_time
 from .quantized_weights import quantize
 
@@ -87,9 +88,11 @@ class NarrowLinear(nn.Module):
 class NarrowHead(NarrowLinear):
     """A head by its `fastest` products; the logits of a few likely tokens come from its own weights."""
 
-    def __init__(self, head: nn.Linear) -> None:
+    def __init__(self, head: nn.Linear, by_kernels: bool) -> None:
         super().__init__(head, rounds_activations=True)
         self.weight = head.weight
+        if by_kernels:
+            self.product = partial(product, in_8_bits(head))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[…, K]` → `[…, V]`."""
@@ -123,7 +126,7 @@ def drafter_of(model: Any, bits: int | None) -> Any:
         return model
     weights = [linear.weight for _, linear in _linears(model.transformer)] + [model.lm_head.weight]
     state = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
-    state.append((torch.get_num_threads(), 0))
+    state.append((torch.get_num_threads(), int(model.transformer.few_token_kernels)))
     if model not in _TWINS or _TWINS[model][0] != state:
         _TWINS[model] = state, _twin(model)
     return _TWINS[model][1]
@@ -134,7 +137,14 @@ def _twin(model: Any) -> nn.Module:
     shared |= {id(part): part for part in (model.config, model.generation_config)}
     twin = copy.deepcopy(model, shared)
     twin.transformer.core_is_compiled = False  # a compiler can't see into the kernels
+    by_kernels = model.transformer.few_token_kernels
     for name, linear in list(_linears(twin.transformer)):
-        twin.transformer.set_submodule(name, NarrowLinear(linear, name.startswith(DYNAMIC_PARTS)))
-    twin.lm_head = NarrowHead(twin.lm_head)
+        narrow = in_8_bits(linear) if by_kernels else NarrowLinear(linear, name.startswith(DYNAMIC_PARTS))
+        twin.transformer.set_submodule(name, narrow)
+    twin.lm_head = NarrowHead(twin.lm_head, by_kernels)
     return twin
+
+
+def in_8_bits(linear: nn.Linear) -> QuantizedLinear:
+    """A layer's weights in 8 bits for the kernels of `few_tokens`; more tokens than those take get widened weights."""
+    return QuantizedLinear.of(linear, WEIGHT_ONLY, 8, DEFAULT_GROUP_SIZE)

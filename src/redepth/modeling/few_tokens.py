@@ -11,7 +11,8 @@ import hashlib
 import os
 import platform
 import subprocess
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,11 +29,15 @@ from .quantized_linear import ACTIVATION_LEVELS, HalfHead, QuantizedLinear
 
 logger = logging.get_logger(__name__)
 
-SOURCE = Path(__file__).with_name("few_tokens.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("few_tokens.cpp", "few_tokens_products.h")]
 # So many tokens at most; beyond, torch's products are as fast.
 MOST_TOKENS = 32
+GROUPS_OF = 16  # a vector of 4-bit weights lies in one group
 # What torch calls the processor's abilities, and how a compiler is told of them.
-INSTRUCTIONS = {"AVX512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c", "AVX2": "-mavx2 -mfma -mf16c"}
+INSTRUCTIONS = {
+    "AVX512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c",
+    "AVX2": "-mavx2 -mfma -mf16c",
+}
 PLACEMENTS = ("pre", "post", "sandwich", "huginn")
 ROPES = {"half": 1, "interleaved": 2}
 HEAD_NORMS = {None: 0, "head": 1, "full": 2}
@@ -50,7 +55,9 @@ class Matrix(ctypes.Structure):
     """`Matrix` of few_tokens.cpp."""
 
     _fields_ = _fields(
-        a=("weight scale offset bias", ctypes.c_void_p), b=("outputs inputs", ctypes.c_int64), c=("kind group levels", ctypes.c_int32)
+        a=("weight scale offset bias", ctypes.c_void_p),
+        b=("outputs inputs", ctypes.c_int64),
+        c=("kind group levels", ctypes.c_int32),
     )
 
 
@@ -83,12 +90,12 @@ def library() -> ctypes.CDLL:
     Raises:
         OSError: where there is no source (in an exported checkpoint), no compiler, or the compiler fails; in one line.
     """
-    if not SOURCE.exists():
+    if not SOURCES[0].exists():
         raise FileNotFoundError("an exported checkpoint has no kernels; install redepth")
     compiler = os.environ.get("CXX", "c++")
     instructions = INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), "")
     command = [compiler, "-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w", *instructions.split()]
-    described = [*command, platform.machine(), SOURCE.read_text(encoding="utf-8")]
+    described = [*command, platform.machine(), *(source.read_text(encoding="utf-8") for source in SOURCES)]
     name = hashlib.sha256("\n".join(described).encode()).hexdigest()[:20]
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "redepth"
     place = folder / f"few_tokens-{name}.so"
@@ -96,13 +103,21 @@ def library() -> ctypes.CDLL:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / place.name
-            done = subprocess.run([*command, str(SOURCE), "-o", str(made)], capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                [*command, str(SOURCES[0]), "-o", str(made)], capture_output=True, text=True, check=False
+            )
             if done.returncode:
                 said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
                 raise OSError(f"{compiler} failed: {said[0]}")
             made.replace(place)
     kernels = ctypes.CDLL(str(place))
-    kernels.redepth_linear.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32]
+    kernels.redepth_linear.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+        ctypes.c_int32,
+    ]
     kernels.redepth_block.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     kernels.redepth_linear.restype = kernels.redepth_block.restype = None
     return kernels
@@ -115,6 +130,8 @@ def _pointer(tensor: torch.Tensor | None) -> int | None:
 def _matrix(linear: nn.Module) -> Matrix | None:
     """A linear layer as the kernels take it; None for one that they can't read."""
     if type(linear) is QuantizedLinear and linear.dtype == torch.float32:
+        if linear.bits == 4 and linear.group_size % GROUPS_OF:
+            return None
         linear.keep_stored()
         described = (KINDS[linear.bits], linear.group_size, ACTIVATION_LEVELS if linear.kind == DYNAMIC else 0)
         scale, offset = getattr(linear, "scale", None), getattr(linear, "offset", None)
@@ -238,6 +255,11 @@ def suits(x: torch.Tensor) -> bool:
     )
 
 
+def product_by(linear: nn.Module, kernels: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A linear layer as a function, `[…, K]` → `[…, N]`, by the kernels where they are wanted and can."""
+    return partial(product, linear) if kernels else linear
+
+
 def product(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """`linear(x)`, `[…, K]` → `[…, N]`, by the kernels where they can."""
     matrix = _bound(linear, _matrix) if suits(x) else None
@@ -246,9 +268,7 @@ def product(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], matrix.outputs)
     tokens = x.numel() // matrix.inputs
-    library().redepth_linear(
-        ctypes.byref(matrix), x.data_ptr(), tokens, y.data_ptr(), torch.get_num_threads()
-    )
+    library().redepth_linear(ctypes.byref(matrix), x.data_ptr(), tokens, y.data_ptr(), torch.get_num_threads())
     return y
 
 

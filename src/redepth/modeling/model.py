@@ -17,7 +17,7 @@ from .cache import RecurrentDepthCache
 from .configuration import RecurrentDepthConfig
 from .errors import UserError
 from .exits import ExitTest, Measure
-from .few_tokens import product
+from .few_tokens import product_by
 from .generation import RecurrentDepthGeneration
 from .loss import TokenLoss, chunked_cross_entropy, cross_entropy_of_tokens
 from .passes import PassContext
@@ -102,8 +102,8 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, RecurrentDepthGen
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The head on what the coda left, `[…, D]` → `[…, V]`."""
-        kernels, cap = self.transformer.uses_kernels, self.final_soft_cap
-        logits = product(self.lm_head, hidden) if kernels else self.lm_head(hidden)
+        cap = self.final_soft_cap
+        logits = product_by(self.lm_head, self.transformer.few_token_kernels)(hidden)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def read_logits(self, state: torch.Tensor, context: PassContext) -> torch.Tensor:
@@ -113,6 +113,10 @@ class RecurrentDepthForCausalLM(RecurrentDepthPreTrainedModel, RecurrentDepthGen
     def compile_core(self) -> bool:
         """See `RecurrentStack.compile_core`."""
         return self.transformer.compile_core()
+
+    def use_few_token_kernels(self, wanted: bool = True) -> bool:
+        """See `RecurrentStack.use_few_token_kernels`."""
+        return self.transformer.use_few_token_kernels(wanted)
 
     def embed_inputs(
         self,

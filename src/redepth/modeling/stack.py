@@ -24,7 +24,7 @@ from .cache import RecurrentDepthCache
 from .compiled import compiler_works, step_compiled
 from .configuration import RecurrentDepthConfig
 from .errors import UserError
-from .few_tokens import can_run, product
+from .few_tokens import can_run, product_by
 from .passes import PassContext, check_cache, pass_context
 from .policy import DepthPolicy
 from .pretrained import RecurrentDepthPreTrainedModel
@@ -73,7 +73,7 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
         self.ln_f = norm(config, config.n_embd)
         # Training: keep only the states between steps, and run each step again in the backward pass.
         self.checkpoint_steps = False
-        self.core_is_compiled = self.uses_kernels = False  # see `compile_core`
+        self.core_is_compiled = self.few_token_kernels = False  # see `compile_core`
         # Each is told of every `forward` before it runs (`start_pass`), and called with (part, layer, step, value, context)
         # as the parts are computed; what it returns takes the value's place. A layer is counted over the whole stack; the
         # step is 0 for the initial state and outside the core.
@@ -101,11 +101,20 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
         pass takes some seconds, as does the first of several rows; longer texts and other depths compile nothing again.
         Without a C++ compiler, or where neither knows the layers, one line says so, and everything runs as before.
         """
-        self.uses_kernels = can_run(self)
-        for layer in (*self.prelude, *self.core_block, *self.coda):
-            layer.uses_kernels = self.uses_kernels
-        self.core_is_compiled = not self.uses_kernels and compiler_works(self.device, self.core_block)
-        return self.uses_kernels or self.core_is_compiled
+        self.core_is_compiled = not self.use_few_token_kernels() and compiler_works(self.device, self.core_block)
+        return self.few_token_kernels or self.core_is_compiled
+
+    def use_few_token_kernels(self, wanted: bool = True) -> bool:
+        """Run passes over few tokens by the kernels of `few_tokens`, or no longer; whether they will.
+
+        They read the same weights and give the same numbers, but for rounding, and the same ones for however many tokens and
+        rows. Layers that they don't know, other dtypes and devices, gradients and longer passes run as ever.
+        """
+        works = wanted and can_run(self)
+        for module in self.modules():
+            if hasattr(module, "few_token_kernels"):
+                module.few_token_kernels = works
+        return works
 
     def context(
         self,
@@ -184,7 +193,7 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
             injected = embedded
             if not skips or context.continued is not False:
                 both = torch.cat([state, embedded], dim=-1)
-                injected = product(self.adapter, both) if self.uses_kernels else self.adapter(both)
+                injected = product_by(self.adapter, self.few_token_kernels)(both)
             if skips and isinstance(context.continued, torch.Tensor):
                 injected = torch.where(context.continued[..., None], injected, embedded.to(injected.device))
             reached = self.run_layers(self.core_block, injected, context, step, record)

@@ -51,7 +51,7 @@ class Served:
             RedepthError: for a checkpoint without a tokenizer or without a depth, and as `load`.
         """
         tokenizer = load_tokenizer(checkpoint)
-        model = load(checkpoint, dtype, device)
+        model = load(checkpoint, dtype, device, few_token_kernels=True)
         if not isinstance(model, RecurrentDepthForCausalLM):
             raise RedepthError(f"checkpoint {str(checkpoint)!r} has no depth to serve; convert it with redepth convert")
         engine = Engine(model, max_rows=max_rows, max_tokens=max_tokens)
