@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from turns import in_turns, machine, model_of, parser_of, products, write_measurements
+from turns import in_turns, machine, model_of, parser_of, products, with_kernels, write_measurements
 
 from redepth import RecurrentDepthForCausalLM
 
@@ -39,31 +39,33 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.set_num_threads(options.threads)
-    model = model_of(options.folder, tuple(options.layers), options.seed)
+    plain = model_of(options.folder, tuple(options.layers), options.seed)
+    models = {"plain": plain, "kernels": with_kernels(plain)}
     console, results = Console(width=120), []
     table = Table(title=f"r = {options.num_steps}, {options.threads} threads, {machine()['processor']}")
-    for column in ("rows", "floor ms", "one length ms", "of floor", "unequal ms", "of floor"):
+    for column in ("rows", "", "floor ms", "one length ms", "of floor", "unequal ms", "of floor"):
         table.add_column(column, justify="right")
     for rows in options.rows:
-        unequal = torch.linspace(options.context // 4, options.context, rows).long()
+        lengths = {
+            "equal": torch.full((rows,), options.context),
+            "unequal": torch.linspace(options.context // 4, options.context, rows).long(),
+        }
+        runs = {"floor": products(plain, rows, options.num_steps, rows)}
         with torch.inference_mode():
-            runs = {
-                "equal": decoding(model, torch.full((rows,), options.context), options.num_steps),
-                "unequal": decoding(model, unequal, options.num_steps),
-                "floor": products(model, rows, options.num_steps, rows),
-            }
+            for name, model in models.items():
+                for which, of_rows in lengths.items():
+                    runs[f"{name}, {which}"] = decoding(model, of_rows, options.num_steps)
             times = in_turns(runs, options.tokens, options.clock)
         floor = times["floor"]["median"]
-        ratios = {f"{name}_of_floor": round(times[name]["median"] / floor, 3) for name in ("equal", "unequal")}
+        ratios = {f"{name}_of_floor": round(took["median"] / floor, 3) for name, took in times.items()}
         results.append({"rows": rows, **times, **ratios})
-        table.add_row(
-            str(rows),
-            f"{floor:.1f}",
-            f"{times['equal']['median']:.1f}",
-            f"{ratios['equal_of_floor']:.2f} ×",
-            f"{times['unequal']['median']:.1f}",
-            f"{ratios['unequal_of_floor']:.2f} ×",
-        )
+        for name in models:
+            shown = []
+            for which in lengths:
+                took = times[f"{name}, {which}"]
+                half = (took["high"] - took["low"]) / 2
+                shown += [f"{took['median']:.1f} ± {half:.1f}", f"{took['median'] / floor:.2f} ×"]
+            table.add_row(str(rows), name, f"{floor:.1f}", *shown)
     console.print(table)
     write_measurements(options, results)
 

@@ -4,8 +4,9 @@
     python benchmarks/decode.py OUT --peer OUT --json decode.json
     python benchmarks/decode.py --threads 1 --clock cpu           # on a busy machine
 
-`redepth` is one forward call that continues a cache, `compiled` the same with a compiled core; `generate` is what a token
-costs inside `generate`, sampling and stopping included. Floor and both take turns token by token. `--peer` times forward calls of the modelling files in a folder
+*plain* is one forward call that continues a cache; *kernels* the same by the kernels for few tokens, and after it the same with
+quantised layers; *generate* is what a token costs inside `generate`, sampling and stopping included. The floor, that of
+unquantised weights, and all of them take turns token by token. `--peer` times forward calls of the modelling files in a folder
 (published ones, or those that redepth exported) in a process of its own, on the same weights.
 """
 
@@ -14,6 +15,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,9 +23,20 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from turns import CLOCKS, in_turns, machine, model_of, parser_of, products, spread, write_measurements
+from turns import CLOCKS, in_turns, machine, model_of, parser_of, products, spread, with_kernels, write_measurements
 
 from redepth import RecurrentDepthForCausalLM
+from redepth.modeling.quantization import DYNAMIC, WEIGHT_ONLY
+from redepth.modeling.quantizer import DepthQuantizationConfig
+
+# What takes turns, and how its layers are quantised.
+MODELS: dict[str, DepthQuantizationConfig | None] = {
+    "plain": None,
+    "kernels": None,
+    "8 bits, dynamic": DepthQuantizationConfig(8, DYNAMIC, "all"),
+    "8 bits": DepthQuantizationConfig(8, WEIGHT_ONLY, "all"),
+    "4 bits": DepthQuantizationConfig(4, WEIGHT_ONLY, "all"),
+}
 
 # Runs in the peer's process: argv is the folder, the cases as JSON, tokens and threads; prints milliseconds as JSON lines.
 PEER = """
@@ -77,43 +90,38 @@ class FloorBetween:
         """Nothing is left to print."""
 
 
-def with_compiled_core(model: RecurrentDepthForCausalLM, run: Callable[[], Any]) -> None:
-    model.transformer.core_is_compiled = True
-    run()
-    model.transformer.core_is_compiled = False
-
-
 def measure(
-    model: RecurrentDepthForCausalLM, batch: int, context: int, num_steps: int, tokens: int, clock: str, compiled: bool
+    models: dict[str, RecurrentDepthForCausalLM], case: dict[str, int], tokens: int, clock: str
 ) -> dict[str, Any]:
-    """One case: milliseconds a token, medians and quartiles, and medians as multiples of the floor.
+    """One case: milliseconds a token of each model, medians and quartiles, and medians as multiples of the floor.
 
     The rows of a batch hold the same text, whose prefill is run once.
     """
-    ids = torch.randint(3, model.config.vocab_size, (1, context), generator=torch.Generator().manual_seed(0))
-    floor = products(model, batch, num_steps, batch)
+    batch, num_steps, plain = case["batch"], case["num_steps"], models["plain"]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, plain.config.vocab_size, (1, case["context"]), generator=generator)
+    floor = products(plain, batch, num_steps, batch)
+    runs: dict[str, Callable[[], Any]] = {"floor": floor}
+    token = ids[:, :1].expand(batch, -1)
     with torch.inference_mode():
-        cache = model(ids, num_steps=num_steps, use_cache=True, logits_to_keep=1).past_key_values
-        cache.batch_repeat_interleave(batch)
-        token, cached = ids[:, :1].expand(batch, -1), {"past_key_values": cache, "num_steps": num_steps}
-        runs = {"redepth": lambda: model(token, **cached), "floor": floor}
-        if compiled:
-            runs["compiled"] = lambda: with_compiled_core(model, lambda: model(token, **cached))
+        for name, model in models.items():
+            cache = model(ids, num_steps=num_steps, use_cache=True, logits_to_keep=1).past_key_values
+            cache.batch_repeat_interleave(batch)
+            runs[name] = partial(model, token, past_key_values=cache, num_steps=num_steps)
         times = in_turns(runs, tokens, clock)
-    between = FloorBetween(floor, clock)
-    streamer = between if batch == 1 else None  # generate streams no batches
-    if streamer is not None:
-        wanted = {"max_new_tokens": tokens + 3, "min_new_tokens": tokens + 3, "do_sample": False}
-        model.generate(ids, num_steps=num_steps, streamer=streamer, pad_token_id=0, **wanted)
-        times["generate"] = spread(between.times["generate"])
-    case = {"batch": batch, "context": context, "num_steps": num_steps, **times}
-    case["of_floor"] = round(times["redepth"]["median"] / times["floor"]["median"], 3)
-    if compiled:
-        case["compiled_of_floor"] = round(times["compiled"]["median"] / times["floor"]["median"], 3)
-    if streamer is not None:
-        own_floor = spread(between.times["floor"])["median"]
-        case["generate_of_floor"] = round(times["generate"]["median"] / own_floor, 3)
-    return case
+    result = {**case, **times}
+    wanted = {"max_new_tokens": tokens + 3, "min_new_tokens": tokens + 3, "do_sample": False}
+    for name in ("plain", "kernels"):
+        if batch > 1:  # generate streams no batches
+            continue
+        between = FloorBetween(floor, clock)
+        models[name].generate(ids, num_steps=num_steps, streamer=between, pad_token_id=0, **wanted)
+        took, own_floor = spread(between.times["generate"]), spread(between.times["floor"])
+        result[f"generate, {name}"] = took
+        result[f"generate, {name}, of floor"] = round(took["median"] / own_floor["median"], 3)
+    for name in models:
+        result[f"{name}, of floor"] = round(times[name]["median"] / times["floor"]["median"], 3)
+    return result
 
 
 def measure_peer(
@@ -151,36 +159,22 @@ def measure_peer(
 
 def table_of(results: list[dict[str, Any]], title: str) -> Table:
     table = Table(title=title)
-    for column in (
-        "batch",
-        "context",
-        "r",
-        "floor ms",
-        "redepth ms",
-        "of floor",
-        "generate",
-        "of floor",
-        "compiled",
-        "of floor",
-        "peer",
-    ):
+    timed = [
+        name for name in (*MODELS, "generate, plain", "generate, kernels", "peer") if any(name in r for r in results)
+    ]
+    for column in ("batch", "context", "r", "floor ms", *timed):
         table.add_column(column, justify="right")
     for case in results:
-        times = ("floor", "redepth", "generate", "compiled", "peer")
-        shown = {name: f"{case[name]['median']:.1f}" for name in times if name in case}
-        table.add_row(
-            str(case["batch"]),
-            f"{case['context']:,}",
-            str(case["num_steps"]),
-            shown["floor"],
-            f"{shown['redepth']} ({case['redepth']['low']:.1f}–{case['redepth']['high']:.1f})",
-            f"{case['of_floor']:.2f} ×",
-            shown.get("generate", ""),
-            f"{case['generate_of_floor']:.2f} ×" if "generate_of_floor" in case else "",
-            shown.get("compiled", ""),
-            f"{case['compiled_of_floor']:.2f} ×" if "compiled_of_floor" in case else "",
-            shown.get("peer", ""),
-        )
+        shown = []
+        for name in timed:
+            if name not in case:
+                shown.append("")
+                continue
+            ratio = case.get(f"{name}, of floor", case[name]["median"] / case["floor"]["median"])
+            half = (case[name]["high"] - case[name]["low"]) / 2
+            shown.append(f"{case[name]['median']:.1f} ± {half:.1f} ({ratio:.2f} ×)")
+        floor = f"{case['floor']['median']:.1f} ± {(case['floor']['high'] - case['floor']['low']) / 2:.1f}"
+        table.add_row(str(case["batch"]), f"{case['context']:,}", str(case["num_steps"]), floor, *shown)
     return table
 
 
@@ -190,33 +184,35 @@ def main() -> None:
     parser.add_argument("--context", type=int, nargs="+", default=[80, 1_056])
     parser.add_argument("--num-steps", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--tokens", type=int, default=24, help="timed tokens in each case")
-    parser.add_argument("--compile-core", action="store_true", help="time it with a compiled core as well")
     parser.add_argument("--peer", type=Path, help="a folder with other modelling files to time on the same weights")
     options = parser.parse_args()
 
     torch.set_num_threads(options.threads)
-    model = model_of(options.folder, tuple(options.layers), options.seed)
-    console, results = Console(width=120), []
-    if options.compile_core and not model.compile_core():
-        raise SystemExit("--compile-core needs a compiler; leave it out")
-    model.transformer.core_is_compiled = False
-    cases = [(b, c, r) for b in options.batch for c in options.context for r in options.num_steps]
+    plain = model_of(options.folder, tuple(options.layers), options.seed)
+    models = {name: plain if name == "plain" else with_kernels(plain, how) for name, how in MODELS.items()}
+    console, results = Console(width=230), []
+    cases = [
+        {"batch": b, "context": c, "num_steps": r}
+        for b in options.batch
+        for c in options.context
+        for r in options.num_steps
+    ]
     with console.status("decoding"):
         for case in cases:
-            results.append(measure(model, *case, options.tokens, options.clock, options.compile_core))
-            ratios = {name: value for name, value in results[-1].items() if name.endswith("of_floor")}
-            console.print(f"batch {case[0]}, context {case[1]}, r = {case[2]}: {ratios}")
+            results.append(measure(models, case, options.tokens, options.clock))
+            console.print(case, {name: results[-1][f"{name}, of floor"] for name in MODELS})
     if options.peer is not None:
         with TemporaryDirectory() as scratch:
             weights = options.folder
             if weights is None:
                 weights = Path(scratch)
-                model.save_pretrained(weights)
+                plain.save_pretrained(weights)
             for result, times in zip(results, measure_peer(options.peer, weights, results, options), strict=True):
                 result["peer"] = times
     measured_on = machine()
     shape = "a random model of SmolLM2's shape" if options.folder is None else options.folder.name
-    console.print(table_of(results, f"{shape}, {options.threads} threads, {measured_on['processor']}"))
+    where = f"{options.threads} threads, {measured_on['processor']}, {measured_on['instructions']}"
+    console.print(table_of(results, f"{shape}, ms a token (of floor), {where}"))
     write_measurements(options, results)
 
 

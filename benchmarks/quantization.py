@@ -14,6 +14,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,20 @@ from rich.console import Console
 from torch.nn import functional as F
 
 from redepth import RecurrentDepthCache, load
-from redepth.modeling.quantized_linear import DYNAMIC, WEIGHT_ONLY, DynamicInt8, Half, PackedInt4, PackedInt8
+from redepth.modeling import few_tokens
+from redepth.modeling.quantized_linear import (
+    DYNAMIC,
+    WEIGHT_ONLY,
+    DynamicInt8,
+    Half,
+    PackedInt4,
+    PackedInt8,
+    QuantizedLinear,
+)
 from redepth.modeling.quantized_weights import quantize
 from redepth.modeling.quantizer import DepthQuantizationConfig, quantize_model
 
-TOKENS = (1, 8, 64)
+TOKENS = (1, 8, 32, 64)
 CONTEXT = 64
 # By label: bits, kernel and dtype of the activations; no kernel for torch's own product.
 KERNELS: dict[str, tuple[int, Any, torch.dtype]] = {
@@ -40,6 +50,9 @@ KERNELS: dict[str, tuple[int, Any, torch.dtype]] = {
     "8 bits, `weight-only`, bf16": (8, PackedInt8, torch.bfloat16),
     "4 bits": (4, Half, torch.float32),
     "4 bits, bf16": (4, PackedInt4, torch.bfloat16),
+    "fp32, kernels": (32, few_tokens, torch.float32),
+    "8 bits, kernels": (8, few_tokens, torch.float32),
+    "4 bits, kernels": (4, few_tokens, torch.float32),
 }
 KINDS: dict[str, DepthQuantizationConfig | None] = {
     "fp32": None,
@@ -51,6 +64,10 @@ KINDS: dict[str, DepthQuantizationConfig | None] = {
 
 
 def product(weight: torch.Tensor, bits: int, kernel: Any, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    if kernel is few_tokens:
+        linear = torch.nn.Linear(*weight.shape[::-1], bias=False)
+        linear.weight = torch.nn.Parameter(weight.detach())
+        return partial(few_tokens.product, linear if bits == 32 else QuantizedLinear.of(linear, WEIGHT_ONLY, bits, 32))
     if kernel is None:
         held = weight.to(dtype)
         return lambda x: F.linear(x, held)
@@ -124,20 +141,24 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     model = load(options.checkpoint, "float32")
     products = time_products(model, 4 * options.turns)
-    models = {label: copy.deepcopy(model) for label in KINDS}
+    models = {}
     for label, config in KINDS.items():
+        models[label] = copy.deepcopy(model)
         if config is not None:
             quantize_model(models[label], config)
+        models[f"{label}, kernels"] = copy.deepcopy(models[label])
+        if not models[f"{label}, kernels"].use_few_token_kernels():
+            raise SystemExit("the kernels for few tokens can't run this model here; see the warning above")
     columns = [(r, batch) for r in options.num_steps for batch in options.batches]
     times: dict[tuple[str, int, int], list[float]] = {}
     for r, batch in columns:
         cache = prompt_cache(model, batch, r)
         for _ in range(options.turns):
-            for label in KINDS:
+            for label in models:
                 took = time_decoding(models[label], cache, batch, r, options.tokens)
                 times.setdefault((label, r, batch), []).extend(took)
     lines = []
-    for label in KINDS:
+    for label in models:
         line = [label]
         for r, batch in columns:
             took, plain = times[label, r, batch], statistics.median(times["fp32", r, batch])

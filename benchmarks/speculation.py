@@ -2,6 +2,7 @@
 
     python benchmarks/speculation.py                      # a random model of SmolLM2's shape, every draft right
     python benchmarks/speculation.py OUT --json out.json  # and a checkpoint's own drafts on real text
+    python benchmarks/speculation.py --kernels            # all of it, plain decoding too, by the kernels for few tokens
 
 *all right*: the adapter passes the prelude's output on alone (`inject`), so that every depth says the same and every draft is
 accepted. *own*: the checkpoint as it is, on held-out text. Plain and drafted decoding take turns over the same prompts; medians
@@ -107,6 +108,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=48, help="tokens of a prompt")
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--kernels", action="store_true", help="decode by the kernels for few tokens")
     parser.add_argument("--only", choices=["all-right", "own"], nargs="+", default=["all-right", "own"])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -131,8 +133,11 @@ def main() -> None:
             prompts = list(torch.randint(3, 1_000, (options.prompts, 1, options.context), generator=generator))
         if case == "all-right":
             inject_alone(model)
+        if options.kernels and not model.use_few_token_kernels():
+            raise SystemExit("--kernels can't run this model here; see the warning above")
         found = measured(model, prompts, policies, options.tokens, options.repeats, now)
         title = f"{case}: r = {options.num_steps}, {options.tokens} tokens, {options.threads} threads, {options.clock}"
+        title += ", kernels" if options.kernels else ""
         table = Table(title=title, title_justify="left")
         for column in ("", "ms a token", "faster", "floor", "layers", "accepted", "a round", "equal to plain"):
             table.add_column(column, justify="right" if column else "left")

@@ -5,6 +5,7 @@ and all the rest would be free. It is timed in the same process, in turns with w
 """
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ import transformers
 from torch.nn import functional as F
 
 from redepth import RecurrentDepthConfig, RecurrentDepthForCausalLM, load
+from redepth.modeling.quantizer import quantize_model
 
 # Width, heads, mlp and vocabulary of SmolLM2-135M.
 SMOLLM2 = {
@@ -72,6 +74,23 @@ def model_of(
 ) -> RecurrentDepthForCausalLM:
     """The checkpoint in a folder, loaded with `settings`, or a random model of SmolLM2's shape."""
     return smollm2_shaped(layers, seed) if folder is None else load(folder, **settings).eval()
+
+
+def with_kernels(model: RecurrentDepthForCausalLM, quantization: Any = None) -> RecurrentDepthForCausalLM:
+    """A copy that decodes by the kernels for few tokens.
+
+    Args:
+        quantization: a `DepthQuantizationConfig`; None for the weights as they are.
+
+    Raises:
+        SystemExit: where the kernels can't run.
+    """
+    model = copy.deepcopy(model)
+    if quantization is not None:
+        quantize_model(model, quantization)
+    if not model.use_few_token_kernels():
+        raise SystemExit("the kernels for few tokens can't run this model here; see the warning above")
+    return model
 
 
 def in_turns(runs: dict[str, Callable[[], Any]], repeats: int, clock: str = "wall") -> dict[str, dict[str, float]]:

@@ -1,7 +1,10 @@
 """The kernels for few tokens: the plain pass's numbers for every family, and the same bits for however many tokens."""
 
 import copy
+import gc
+import pickle
 import subprocess
+import weakref
 from typing import Any
 
 import pytest
@@ -234,6 +237,19 @@ def test_whatever_changes_the_layers_is_seen(zoo) -> None:
     hook.remove()
     equal()
     assert len(heard) == 1
+
+
+def test_a_model_can_be_copied_saved_and_forgotten(zoo) -> None:
+    model, ids = made(zoo, "llama"), random_ids(1, 5)
+    model.use_few_token_kernels()
+    logits = read(model, [ids])
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.transformer.few_token_kernels
+        assert torch.equal(read(other, [ids]), logits)
+    seen = weakref.ref(model.transformer.core_block[0])
+    del model
+    gc.collect()
+    assert seen() is None
 
 
 def test_gradients_and_other_dtypes_go_the_plain_way(zoo, monkeypatch) -> None:

@@ -16,7 +16,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -127,7 +126,12 @@ def _pointer(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _matrix(linear: nn.Module) -> Matrix | None:
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's numbers lie in this processor's memory, one after another."""
+    return type(tensor) in (torch.Tensor, nn.Parameter) and tensor.device.type == "cpu" and tensor.is_contiguous()
+
+
+def _matrix(linear: Any) -> Matrix | None:
     """A linear layer as the kernels take it; None for one that they can't read."""
     if type(linear) is QuantizedLinear and linear.dtype == torch.float32:
         if linear.bits == 4 and linear.group_size % GROUPS_OF:
@@ -135,18 +139,22 @@ def _matrix(linear: nn.Module) -> Matrix | None:
         linear.keep_stored()
         described = (KINDS[linear.bits], linear.group_size, ACTIVATION_LEVELS if linear.kind == DYNAMIC else 0)
         scale, offset = getattr(linear, "scale", None), getattr(linear, "offset", None)
+        weight = linear.weight
     elif type(linear) in (nn.Linear, HalfHead) and linear.weight.dtype == torch.float32:
-        described, scale, offset = (FLOAT32, 0, 0), None, None
+        weight, scale, offset = linear.weight, None, None
+        described = (FLOAT32, 0, 0)
+        if type(linear) is HalfHead and weight.device.type == "cpu":
+            weight, described = linear.half_weight(), (FLOAT16, 0, 0)
     else:
         return None
-    tensors = (linear.weight, scale, offset, linear.bias)
-    if any(tensor is not None and not (tensor.is_contiguous() and tensor.device.type == "cpu") for tensor in tensors):
+    tensors = (weight, scale, offset, linear.bias)
+    if not all(tensor is None or _is_plain(tensor) for tensor in tensors):
         return None
     return Matrix(*map(_pointer, tensors), linear.out_features, linear.in_features, *described)
 
 
 class Bound:
-    """A module as its kernels take it, and what has to stay as it was for that to be so."""
+    """A module as its kernels take it, and what has to stay as it was for that to be so; a copy of a module has none."""
 
     def __init__(self, module: nn.Module, made: Any) -> None:
         self.made = made
@@ -157,6 +165,9 @@ class Bound:
             for part in self.modules
             for name, tensor in part._parameters.items()
         ]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
 
     def stands(self) -> bool:
         """Whether modules and tensors are the same, the tensors lie where they lay, and nobody waits for a module's call."""
@@ -171,13 +182,10 @@ class Bound:
         )
 
 
-_BOUND: WeakKeyDictionary[nn.Module, Bound] = WeakKeyDictionary()
-
-
 def _bound(module: nn.Module, make: Any) -> Any:
-    bound = _BOUND.get(module)
+    bound = module.__dict__.get("few_token_bound")
     if bound is None or not bound.stands():
-        bound = _BOUND[module] = Bound(module, make(module))
+        bound = module.__dict__["few_token_bound"] = Bound(module, make(module))
         if not bound.stands():  # somebody waits for its call
             bound.made = None
     return bound.made
@@ -194,7 +202,8 @@ def _layer(block: Any) -> Layer | None:
     held = [norm.weight for norm in norms if norm is not None]
     small = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     small = [norm.weight if norm is not None else None for norm in small] + [getattr(attention, "qk_bias", None)]
-    if None in matrices or any(tensor is not None and tensor.dtype != torch.float32 for tensor in (*held, *small)):
+    small_ones = [tensor for tensor in (*held, *small) if tensor is not None]
+    if None in matrices or not all(_is_plain(tensor) and tensor.dtype == torch.float32 for tensor in small_ones):
         return None
     layer = Layer(*matrices)
     layer.norms[:] = [norm.weight.data_ptr() if norm is not None else 0 for norm in norms]

@@ -332,6 +332,13 @@ class HalfHead(nn.Linear):
             super().__init__(head.in_features, head.out_features, bias=False)
         self.weight = head.weight
         self.packed: tuple[int, Any] | None = None
+        self.halved: tuple[int, torch.Tensor] | None = None
+
+    def half_weight(self) -> torch.Tensor:
+        """The fp16 copy by itself, `[N, K]`, for whoever reads it where it lies."""
+        if self.halved is None or self.halved[0] != self.weight.data_ptr():
+            self.halved = self.weight.data_ptr(), self.weight.detach().half()
+        return self.halved[1]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`[…, K]` → `[…, N]`, in the dtype of the input."""

@@ -113,7 +113,7 @@ class RecurrentStack(RecurrentDepthPreTrainedModel):
         works = wanted and can_run(self)
         for module in self.modules():
             if hasattr(module, "few_token_kernels"):
-                module.few_token_kernels = works
+                module.few_token_kernels = works  # type: ignore[assignment]
         return works
 
     def context(
