@@ -34,11 +34,12 @@ from redepth.modeling import DepthPolicy
 from redepth.modeling.exits import EXIT_TESTS
 
 DEEPEST = 32
+FIXED = (2, 3, 4, 8, 16, DEEPEST)
 
 
 def policies(config: Any) -> dict[str, dict[str, Any]]:
     """What to measure, by label."""
-    chosen: dict[str, dict[str, Any]] = {f"r = {r}": {"num_steps": r} for r in (4, 8, 16, DEEPEST)}
+    chosen: dict[str, dict[str, Any]] = {f"r = {r}": {"num_steps": r} for r in FIXED}
     calibrated = (config.depth_profile or {}).get("thresholds", {})
     for name in EXIT_TESTS:
         for threshold in ("auto", "99%"):
@@ -126,7 +127,7 @@ def measure(
                 if turn:
                     times.setdefault((label, rows), []).append(took)
     floors = {}
-    for r in (4, 8, 16, DEEPEST):
+    for r in FIXED:
         for rows, batch in batches.items():
             prompt = products_alone(model, batch["input_ids"].numel(), r)
             one_more = products_alone(model, rows, r)
@@ -168,9 +169,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="decoded for each prompt")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--loss-tokens", type=int, default=96, help="of held-out text in each of 8 rows")
+    parser.add_argument("--kernels", action="store_true", help="decode by the kernels for few tokens; fp32")
     parser.add_argument("--write", type=Path, help="a page whose table to replace")
     options = parser.parse_args()
-    model, tokenizer = load(options.checkpoint, options.dtype), load_tokenizer(options.checkpoint)
+    model = load(options.checkpoint, options.dtype, few_token_kernels=options.kernels)
+    tokenizer = load_tokenizer(options.checkpoint)
     text = held_out_text(tokenizer, options.data, "text", max(options.loss_tokens, 64), 16)
     prompts = text[8:, :48]
     mask = torch.ones_like(prompts)
@@ -188,9 +191,10 @@ def main() -> None:
     page = "\n".join("| " + " | ".join(line) + " |" for line in table)
     core = model.config.n_layers_in_recurrent_block
     note = (
-        f"{options.tokens} new tokens, {options.turns} turns, {options.dtype}, {core} layers in the core, greedy; "
+        f"{options.tokens} new tokens, {options.turns} turns, {options.dtype}{', kernels' * options.kernels}, {core} layers in the core, greedy; "
         f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads, "
-        f"{platform.machine()}."
+        f"{platform.machine()}, "
+        f"{torch.backends.cpu.get_cpu_capability()}."
     )
     if options.write is None:
         Console().print(page + "\n\n" + note, soft_wrap=True, highlight=False, markup=False)

@@ -14,13 +14,20 @@ import turns
 BOUNDS = {(1, 80): 2.5, (1, 1_056): 3.0, (8, 80): 2.5}  # 1.32, 1.44 and 1.35 were measured
 
 
+# With the kernels for few tokens; 0.6, 0.7 and 0.8 were measured with AVX2 instructions.
+KERNEL_BOUNDS = {(1, 80): 1.2, (1, 1_056): 1.4, (8, 80): 1.6}
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize(("rows", "context"), BOUNDS)
-def test_a_token_costs_little_more_than_its_products(rows: int, context: int) -> None:
+def test_a_token_costs_little_more_than_its_products(rows: int, context: int, kernels: bool) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         model = turns.smollm2_shaped((1, 3, 1))
+        if kernels:
+            model = turns.with_kernels(model)
         ids = torch.randint(3, 1_000, (1, context), generator=torch.Generator().manual_seed(0))
         with torch.inference_mode():
             cache = model(ids, num_steps=4, use_cache=True, logits_to_keep=1).past_key_values
@@ -33,7 +40,8 @@ def test_a_token_costs_little_more_than_its_products(rows: int, context: int) ->
             times = turns.in_turns(runs, 12, "cpu")
     finally:
         torch.set_num_threads(threads)
-    assert times["token"]["median"] < BOUNDS[rows, context] * times["floor"]["median"]
+    bound = (KERNEL_BOUNDS if kernels else BOUNDS)[rows, context]
+    assert times["token"]["median"] < bound * times["floor"]["median"]
 
 
 # Seconds of processor time; 0.35, 0.35 and 0.5 were measured on a machine on which importing torch takes 2.

@@ -30,7 +30,7 @@ logger = logging.get_logger(__name__)
 
 SOURCES = [Path(__file__).with_name(name) for name in ("few_tokens.cpp", "few_tokens_products.h")]
 # So many tokens at most; beyond, torch's products are as fast.
-MOST_TOKENS = 32
+MOST_TOKENS = 64
 GROUPS_OF = 16  # a vector of 4-bit weights lies in one group
 # What torch calls the processor's abilities, and how a compiler is told of them.
 INSTRUCTIONS = {
