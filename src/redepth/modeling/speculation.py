@@ -28,18 +28,23 @@ TOKEN_COST = 0.05
 NARROW_COST = 0.5  # of a pass with narrow weights
 
 
-def draft_length(rate: float, draft_cost: float, verify_cost: float) -> int:
+def draft_length(rate: float, draft_cost: float, verify_cost: float, rows: int = 1) -> int:
     """How many tokens to draft so that most tokens come out per unit of time.
 
     A round of k drafts gives (1 − rate^(k + 1)) / (1 − rate) tokens on average for k shallow passes and a deep one.
 
     Args:
         rate: the chance that a drafted token is accepted.
-        draft_cost, verify_cost: of one pass over one token, in layers.
+        draft_cost, verify_cost: of one pass over one token a row, in layers.
+        rows: how many draft side by side, each of which the deep pass has to compute.
     """
 
+    def pass_over(tokens: int) -> float:
+        return 1 + TOKEN_COST * (tokens - 1)
+
     def tokens_for_cost(k: int) -> float:
-        return sum(rate**i for i in range(k + 1)) / (k * draft_cost + verify_cost * (1 + TOKEN_COST * k))
+        deep = verify_cost * pass_over(rows * (k + 1)) / pass_over(rows)
+        return sum(rate**i for i in range(k + 1)) / (k * draft_cost + deep)
 
     return max(range(1, MOST_DRAFTED + 1), key=tokens_for_cost)
 
@@ -172,8 +177,8 @@ def speculative_decoding(
     seen, right = float(START_WEIGHT), START_RATE * START_WEIGHT
     while bool(rows.running.any()):
         room = rows.ids.shape[1] - int(rows.lengths[rows.running].min())
-        k = min(policy.draft_tokens or draft_length(right / seen, draft_cost, verify_cost), room - 1)
         running = int(rows.running.sum())
+        k = min(policy.draft_tokens or draft_length(right / seen, draft_cost, verify_cost, running), room - 1)
         one = DraftRound(rows, k, policy, drafter)
         kept = tried = 0
         for row in rows.running.nonzero()[:, 0].tolist():
