@@ -31,6 +31,7 @@ logger = logging.get_logger(__name__)
 SOURCES = [Path(__file__).with_name(name) for name in ("few_tokens.cpp", "few_tokens_products.h")]
 # So many tokens at most; beyond, torch's products are as fast.
 MOST_TOKENS = 64
+MOST_QUANTIZED = 32  # with weights in 8 or 4 bits, whose products torch has good kernels for
 GROUPS_OF = 16  # a vector of 4-bit weights lies in one group
 # What torch calls the processor's abilities, and how a compiler is told of them.
 INSTRUCTIONS = {
@@ -264,6 +265,10 @@ def suits(x: torch.Tensor) -> bool:
     )
 
 
+def _has_few(x: torch.Tensor, matrix: Matrix) -> bool:
+    return matrix.kind not in (INT8, INT4) or x.numel() <= MOST_QUANTIZED * x.shape[-1]
+
+
 def product_by(linear: nn.Module, kernels: bool) -> Callable[[torch.Tensor], torch.Tensor]:
     """A linear layer as a function, `[…, K]` → `[…, N]`, by the kernels where they are wanted and can."""
     return partial(product, linear) if kernels else linear
@@ -272,7 +277,7 @@ def product_by(linear: nn.Module, kernels: bool) -> Callable[[torch.Tensor], tor
 def product(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """`linear(x)`, `[…, K]` → `[…, N]`, by the kernels where they can."""
     matrix = _bound(linear, _matrix) if suits(x) else None
-    if matrix is None:
+    if matrix is None or not _has_few(x, matrix):
         return linear(x)
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], matrix.outputs)
@@ -289,7 +294,7 @@ def run_block(block: Any, x: torch.Tensor, context: PassContext, step: int) -> t
     if not plain or type(cache) is not RecurrentDepthCache or not suits(x):
         return None
     layer = _bound(block, _layer)
-    if layer is None:
+    if layer is None or not _has_few(x, layer.fc):
         return None
     attention = block.attn
     shared = context.calls.get(attention.layer_type)
