@@ -26,8 +26,9 @@ for variant in "${order[@]}"; do
         exit 2
     fi
     seed=$(sed -n 's/.*SEED=\([0-9]*\).*/--hypothesis-seed=\1/p' <<<"${variants[$variant]}")
+    # torch.compile's cache does not tell variants apart: kernels of one, read by another, give wrong sums.
     # shellcheck disable=SC2086
-    if env ${variants[$variant]} "${PYTHON:-python3}" -m pytest -n 2 --dist loadfile --no-loadscope-reorder $seed ${PYTEST_ARGS:-} >"$logs/$variant.log" 2>&1; then
+    if env TORCHINDUCTOR_CACHE_DIR="$PWD/$logs/inductor-$variant" ${variants[$variant]} "${PYTHON:-python3}" -m pytest -n 2 --dist loadfile --no-loadscope-reorder $seed ${PYTEST_ARGS:-} >"$logs/$variant.log" 2>&1; then
         echo "$variant: $(tail -1 "$logs/$variant.log")"
     else
         failed+=("$variant")
