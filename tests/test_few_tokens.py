@@ -114,6 +114,19 @@ def test_padded_batches_and_other_attention(zoo, monkeypatch, name: str, attenti
         model.use_few_token_kernels(False)
 
 
+def test_a_mask_for_each_head_goes_the_plain_way(zoo, monkeypatch) -> None:
+    model, ids = made(zoo, "llama"), random_ids(1, 5)
+    mask = torch.rand(1, 3, 5, 5, generator=torch.Generator().manual_seed(0)).gt(0.4) | torch.eye(5, dtype=torch.bool)
+    with torch.inference_mode():
+        wanted = model(ids, attention_mask=mask, num_steps=2).logits
+        assert model.use_few_token_kernels()
+        calls = calls_of(monkeypatch)
+        torch.testing.assert_close(model(ids, attention_mask=mask, num_steps=2).logits, wanted, **CLOSE)
+        assert not calls
+        model(ids, attention_mask=mask[:, :1], num_steps=2)
+        assert calls
+
+
 def test_the_same_bits_for_any_number_of_tokens_rows_and_threads(zoo) -> None:
     """So that a token verified in a round is the one that plain decoding writes."""
     model, ids = made(zoo, "llama"), random_ids(1, 12)

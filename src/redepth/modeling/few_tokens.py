@@ -46,18 +46,18 @@ FLOAT32, FLOAT16, INT8, INT4 = range(4)
 KINDS = {16: FLOAT16, 8: INT8, 4: INT4}
 
 
-def _fields(**kinds: Any) -> list[tuple[str, Any]]:
-    """A structure's fields, each kind with the names that have it."""
-    return [(name, kind) for names, kind in kinds.values() for name in names.split()]
+def _fields(*groups: tuple[str, Any]) -> list[tuple[str, Any]]:
+    """A structure's fields, from names side by side and the type that they share."""
+    return [(name, kind) for names, kind in groups for name in names.split()]
 
 
 class Matrix(ctypes.Structure):
-    """`Matrix` of few_tokens.cpp."""
+    """`Matrix` of few_tokens_products.h."""
 
     _fields_ = _fields(
-        a=("weight scale offset bias", ctypes.c_void_p),
-        b=("outputs inputs", ctypes.c_int64),
-        c=("kind group levels", ctypes.c_int32),
+        ("weight scale offset bias", ctypes.c_void_p),
+        ("outputs inputs", ctypes.c_int64),
+        ("kind group levels", ctypes.c_int32),
     )
 
 
@@ -65,11 +65,11 @@ class Layer(ctypes.Structure):
     """`Layer` of few_tokens.cpp."""
 
     _fields_ = _fields(
-        a=("qkv proj fc down", Matrix),
-        b=("norms", ctypes.c_void_p * 4),
-        c=("q_norm k_norm qk_bias", ctypes.c_void_p),
-        d=("width heads kv_heads head_dim hidden placement one_plus gelu rope rotated head_norm", ctypes.c_int32),
-        e=("eps scaling soft_cap", ctypes.c_float),
+        ("qkv proj fc down", Matrix),
+        ("norms", ctypes.c_void_p * 4),
+        ("q_norm k_norm qk_bias", ctypes.c_void_p),
+        ("width heads kv_heads head_dim hidden placement one_plus gelu rope rotated head_norm", ctypes.c_int32),
+        ("eps scaling soft_cap", ctypes.c_float),
     )
 
 
@@ -77,9 +77,9 @@ class Call(ctypes.Structure):
     """`Call` of few_tokens.cpp."""
 
     _fields_ = _fields(
-        a=("x out cos sin keys values mask", ctypes.c_void_p),
-        b=("rows tokens past rope_row row_stride head_stride mask_row mask_token", ctypes.c_int64),
-        c=("mask_is_added threads", ctypes.c_int32),
+        ("x out cos sin keys values mask", ctypes.c_void_p),
+        ("rows tokens past rope_row row_stride head_stride mask_row mask_token", ctypes.c_int64),
+        ("mask_is_added threads", ctypes.c_int32),
     )
 
 
@@ -91,7 +91,7 @@ def library() -> ctypes.CDLL:
         OSError: where there is no source (in an exported checkpoint), no compiler, or the compiler fails; in one line.
     """
     if not SOURCES[0].exists():
-        raise FileNotFoundError("an exported checkpoint has no kernels; install redepth")
+        raise OSError("an exported checkpoint has none; install redepth")
     compiler = os.environ.get("CXX", "c++")
     instructions = INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), "")
     command = [compiler, "-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w", *instructions.split()]
@@ -103,9 +103,13 @@ def library() -> ctypes.CDLL:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / place.name
-            done = subprocess.run(
-                [*command, str(SOURCES[0]), "-o", str(made)], capture_output=True, text=True, check=False
-            )
+            compile_it = [*command, str(SOURCES[0]), "-o", str(made)]
+            try:
+                done = subprocess.run(compile_it, capture_output=True, text=True, check=False)
+            except FileNotFoundError:
+                raise OSError(
+                    f"there is no {compiler!r}; install a C++ compiler such as g++, or name one in CXX"
+                ) from None
             if done.returncode:
                 said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
                 raise OSError(f"{compiler} failed: {said[0]}")
@@ -221,22 +225,24 @@ def _layer(block: Any) -> Layer | None:
 def _call(x: torch.Tensor, context: PassContext, kind: str, interleaved: bool) -> tuple[Call, Any] | None:
     """What the layers of one kind share in a pass over `x` `[B, T, D]`, and the tensors that it points to."""
     rows, tokens, _ = x.shape
+    past = context.cache.get_seq_length()
     cos, sin = (part.contiguous() for part in context.rotations[kind])
     mask = context.masks[kind]
+    shapes = [(many, 1, tokens, past + tokens) for many in (1, rows)]
     if mask is None:
         if tokens > 1 and context.attention != "sdpa":
             return None
-    elif not isinstance(mask, torch.Tensor) or mask.ndim != 4 or mask.dtype not in (torch.bool, torch.float32):
+    elif not isinstance(mask, torch.Tensor) or mask.shape not in shapes or mask.dtype not in (torch.bool, x.dtype):
         return None
-    elif mask.stride(-1) != 1 or mask.shape[1] != 1:
-        mask = mask[:, :1].contiguous()
-    call = Call(cos=cos.data_ptr(), sin=sin.data_ptr(), mask=_pointer(mask), rows=rows, tokens=tokens)
+    elif mask.stride(-1) != 1:
+        mask = mask.contiguous()
+    call = Call(cos=cos.data_ptr(), sin=sin.data_ptr(), mask=_pointer(mask), rows=rows, tokens=tokens, past=past)
     call.rope_row = cos.stride(0) if len(cos) > 1 else 0
     if mask is not None:
         call.mask_row = mask.stride(0) if len(mask) > 1 else 0
         call.mask_token = mask.stride(2)
         call.mask_is_added = mask.dtype == torch.float32
-    call.past, call.threads = context.cache.get_seq_length(), torch.get_num_threads()
+    call.threads = torch.get_num_threads()
     return call, (cos, sin, mask, cos.shape[-1] * (2 if interleaved else 1))
 
 
@@ -248,7 +254,7 @@ def can_run(stack: Any) -> bool:
     try:
         library()
     except OSError as error:
-        logger.warning(f"few tokens run as before, without kernels of their own: {error}")
+        logger.warning(f"no kernels for few tokens, so decoding is slower: {error}")
         return False
     return True
 
