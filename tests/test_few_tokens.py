@@ -15,6 +15,7 @@ from torch import nn
 
 from redepth import RecurrentDepthCache, RecurrentDepthConfig, RecurrentDepthForCausalLM
 from redepth.modeling import few_tokens
+from redepth.modeling.blocks import Attention
 from redepth.modeling.quantization import DYNAMIC, WEIGHT_ONLY
 from redepth.modeling.quantized_linear import ACTIVATION_LEVELS, HalfHead, QuantizedLinear, plain_product, plain_weights
 from redepth.modeling.quantizer import DepthQuantizationConfig, quantize_model
@@ -112,6 +113,27 @@ def test_padded_batches_and_other_attention(zoo, monkeypatch, name: str, attenti
             assert torch.equal(model.generate(ids, attention_mask=mask, num_steps=3, **GREEDY, **way), wanted)
             assert calls
         model.use_few_token_kernels(False)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "qwen3"])
+def test_tokens_at_different_places_run_by_the_kernels_too(zoo, monkeypatch, name: str) -> None:
+    """Where some tokens have left the loop, and where rows of a batch are at different lengths."""
+    model, ids = made(zoo, name), random_ids(3, 11)
+    parts = list(ids.split([4, 1, 5, 1], dim=1))
+    exits = {"criterion": "latent-diff", "exit_threshold": 0.5, "cache_rule": "latest"}
+    mask = (torch.arange(11) >= torch.tensor([0, 2, 5])[:, None]).long()
+    ways: list[dict[str, Any]] = [{"draft_steps": 1}, {"sampler": "wavefront", "inner_steps": 2}, exits]
+    settings = {"attention_mask": mask, "num_steps": 4, **GREEDY}
+    wanted = [read(model, parts, **exits), read(model, parts, **exits | {"cache_rule": "skip"})]
+    texts = [model.generate(ids, **settings, **way) for way in ways]
+    steps_run = model(ids, num_steps=4, **exits).stats["num_steps"]
+    assert len(steps_run.unique()) > 1
+    assert model.use_few_token_kernels()
+    monkeypatch.setattr(Attention, "forward", None)
+    torch.testing.assert_close(read(model, parts, **exits), wanted[0], **CLOSE)
+    torch.testing.assert_close(read(model, parts, **exits | {"cache_rule": "skip"}), wanted[1], **CLOSE)
+    for way, text in zip(ways, texts, strict=True):
+        assert torch.equal(model.generate(ids, **settings, **way), text)
 
 
 def test_a_mask_for_each_head_goes_the_plain_way(zoo, monkeypatch) -> None:

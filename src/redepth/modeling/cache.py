@@ -147,24 +147,34 @@ class RecurrentDepthCache(Cache):
         return {layer: slot.open(self.length + tokens) for layer, slot in slots.items()}
 
     def open_layer(
-        self, layer: int, step: int, new: torch.Tensor, kv_heads: int, head_dim: int
+        self,
+        layer: int,
+        step: int,
+        new: torch.Tensor,
+        kv_heads: int,
+        head_dim: int,
+        subset: TokenSubset | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """A layer's keys and values at a step, with places for new tokens that the caller writes.
 
         Args:
             step: from 1 in the core, 0 elsewhere.
             new: `[batch, new tokens, …]`, of the dtype and device of what will be written.
+            subset: the tokens that these are, where they are not all of the pass; what nobody writes is zero then.
 
         Returns:
             each `[batch, kv_heads, stored + new tokens, head_dim]`, of the same strides and with whole tokens in one piece;
             None where they are stored otherwise.
         """
-        slot = self._enter(layer, step)
+        rows, tokens = new.shape[:2] if subset is None else (subset.batch, subset.tokens)
+        slot = self._enter(layer, step, subset is not None)
         if not slot.is_initialized:
-            none_yet = new.new_empty(len(new), kv_heads, 0, head_dim)
+            none_yet = new.new_empty(rows, kv_heads, 0, head_dim)
             slot.lazy_initialization(none_yet, none_yet)
-        keys, values = slot.open(self.length + new.shape[1])
-        alike = keys.dtype == values.dtype == new.dtype and keys.device == new.device and len(keys) == len(new)
+        if subset is not None:
+            slot.extend(self.length + tokens)
+        keys, values = slot.open(self.length + tokens)
+        alike = keys.dtype == values.dtype == new.dtype and keys.device == new.device and len(keys) == rows
         whole = keys.stride() == values.stride() and keys.stride()[2:] == (head_dim, 1)
         return (keys, values) if alike and whole else None
 

@@ -104,7 +104,7 @@ class CacheSlot(CacheLayerMixin):
             self._start_empty(subset.batch, key_states, value_states)
         places = start + subset.positions
         end = start + subset.tokens
-        self._extend(end)
+        self.extend(end)
         keys, values = self._up_to(end)
         rows = subset.rows[:, None].expand_as(places)[subset.real]
         keys[rows, :, places[subset.real]] = key_states.transpose(1, 2)[subset.real]
@@ -112,7 +112,7 @@ class CacheSlot(CacheLayerMixin):
         # A view where every row is there; a copy where some have left.
         return (keys, values) if len(subset.rows) == len(keys) else (keys[subset.rows], values[subset.rows])
 
-    def _extend(self, end: int) -> None:
+    def extend(self, end: int) -> None:
         """Reach to position `end`, with zeros where nothing is written: a masked entry must still be a number."""
         if end <= self.length:
             return

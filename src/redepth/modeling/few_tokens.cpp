@@ -43,9 +43,13 @@ struct Call {
     const float* x;  // [B, T, D]
     float* out;
     const float *cos, *sin;     // as `rotary.rotations` gives them, [B or 1, T, …]
-    float *keys, *values;       // [B, G, at least S, C]
+    float *keys, *values;       // [all rows, G, at least S, C]
     const void* mask;           // [B or 1, 1, T, S], bytes or fp32 to be added; null where all is causal
-    int64_t rows, tokens, past, rope_row, row_stride, head_stride, mask_row, mask_token;
+    // Of tokens that do not simply follow the stored ones, with a mask: which rows of the cache theirs are, [B], where they go,
+    // [B, T], and which are tokens at all; otherwise null.
+    const int64_t *cache_rows, *places;
+    const uint8_t* real;
+    int64_t rows, tokens, past, stored, rope_row, row_stride, head_stride, mask_row, mask_token;
     int32_t mask_is_added, threads;
 };
 
@@ -79,6 +83,8 @@ void turn(float* x, const float* cos, const float* sin, const Layer& layer) {
         }
 }
 
+int64_t row_of(const Call& call, int64_t b) { return call.cache_rows ? call.cache_rows[b] : b; }
+
 // Norms, biases and turns of one token's queries and keys, in place; then its key and value go to the cache.
 void place(const Layer& layer, const Call& call, int64_t b, int64_t t, float* qkv) {
     const int C = layer.head_dim, heads = layer.heads + layer.kv_heads;
@@ -99,8 +105,10 @@ void place(const Layer& layer, const Call& call, int64_t b, int64_t t, float* qk
         }
         if (layer.rope != NO_ROPE) turn(head, call.cos + angle, call.sin + angle, layer);
     }
+    if (call.real && !call.real[b * call.tokens + t]) return;
+    const int64_t at = call.places ? call.places[b * call.tokens + t] : call.past + t;
     for (int g = 0; g < layer.kv_heads; g++) {
-        const int64_t to = b * call.row_stride + g * call.head_stride + (call.past + t) * C;
+        const int64_t to = row_of(call, b) * call.row_stride + g * call.head_stride + at * C;
         std::memcpy(call.keys + to, keys + int64_t(g) * C, C * sizeof(float));
         std::memcpy(call.values + to, keys + int64_t(layer.kv_heads + g) * C, C * sizeof(float));
     }
@@ -128,7 +136,7 @@ void weigh(const float* scores, const float* rows, int n, int C, float* to) {
 void read_keys(const Layer& layer, const Call& call, int64_t b, int g, int64_t from, int64_t to, const float* qkv, int64_t ldq,
                float* parts) {
     const int C = layer.head_dim, each = layer.heads / layer.kv_heads;
-    const int64_t base = b * call.row_stride + g * call.head_stride;
+    const int64_t base = row_of(call, b) * call.row_stride + g * call.head_stride;
     float scores[KEYS_AT_ONCE];
     for (int64_t t = 0; t < call.tokens; t++) {
         const int64_t seen = std::min(to, call.mask ? to : call.past + t + 1);
@@ -213,7 +221,7 @@ extern "C" void redepth_block(const Layer* held_layer, const Call* held_call) {
     const Layer& layer = *held_layer;
     const Call& call = *held_call;
     const int64_t M = call.rows * call.tokens, D = layer.width, I = layer.hidden, C = layer.head_dim;
-    const int64_t S = call.past + call.tokens, stretches = (S + KEYS_AT_ONCE - 1) / KEYS_AT_ONCE;
+    const int64_t S = call.stored, stretches = (S + KEYS_AT_ONCE - 1) / KEYS_AT_ONCE;
     const int64_t N = layer.qkv.outputs, each = layer.heads / layer.kv_heads;
     const int64_t of_task = call.tokens * each * (C + 2), tasks = call.rows * layer.kv_heads * stretches;
     static thread_local std::vector<float> shared;

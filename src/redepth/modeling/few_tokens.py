@@ -77,8 +77,8 @@ class Call(ctypes.Structure):
     """`Call` of few_tokens.cpp."""
 
     _fields_ = _fields(
-        ("x out cos sin keys values mask", ctypes.c_void_p),
-        ("rows tokens past rope_row row_stride head_stride mask_row mask_token", ctypes.c_int64),
+        ("x out cos sin keys values mask cache_rows places real", ctypes.c_void_p),
+        ("rows tokens past stored rope_row row_stride head_stride mask_row mask_token", ctypes.c_int64),
         ("mask_is_added threads", ctypes.c_int32),
     )
 
@@ -222,28 +222,34 @@ def _layer(block: Any) -> Layer | None:
     return layer
 
 
-def _call(x: torch.Tensor, context: PassContext, kind: str, interleaved: bool) -> tuple[Call, Any] | None:
-    """What the layers of one kind share in a pass over `x` `[B, T, D]`, and the tensors that it points to."""
+def _call(x: torch.Tensor, context: PassContext, kind: str, interleaved: bool) -> tuple[Call, int, Any] | None:
+    """What the layers of one kind share in a pass over `x` `[B, T, D]`, the channels that turn, and the tensors that it points to."""
     rows, tokens, _ = x.shape
-    past = context.cache.get_seq_length()
+    past, subset = context.cache.get_seq_length(), context.subset
+    stored = past + (tokens if subset is None else subset.tokens)
     cos, sin = (part.contiguous() for part in context.rotations[kind])
     mask = context.masks[kind]
-    shapes = [(many, 1, tokens, past + tokens) for many in (1, rows)]
+    shapes = [(many, 1, tokens, stored) for many in (1, rows)]
     if mask is None:
-        if tokens > 1 and context.attention != "sdpa":
+        if subset is not None or (tokens > 1 and context.attention != "sdpa"):
             return None
     elif not isinstance(mask, torch.Tensor) or mask.shape not in shapes or mask.dtype not in (torch.bool, x.dtype):
         return None
     elif mask.stride(-1) != 1:
         mask = mask.contiguous()
     call = Call(cos=cos.data_ptr(), sin=sin.data_ptr(), mask=_pointer(mask), rows=rows, tokens=tokens, past=past)
+    call.stored = stored
+    places = None
+    if subset is not None:
+        places = (subset.rows.contiguous(), past + subset.positions, subset.real.contiguous())
+        call.cache_rows, call.places, call.real = map(_pointer, places)
     call.rope_row = cos.stride(0) if len(cos) > 1 else 0
     if mask is not None:
         call.mask_row = mask.stride(0) if len(mask) > 1 else 0
         call.mask_token = mask.stride(2)
         call.mask_is_added = mask.dtype == torch.float32
     call.threads = torch.get_num_threads()
-    return call, (cos, sin, mask, cos.shape[-1] * (2 if interleaved else 1))
+    return call, cos.shape[-1] * (2 if interleaved else 1), (cos, sin, mask, places)
 
 
 def can_run(stack: Any) -> bool:
@@ -294,9 +300,9 @@ def product(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def run_block(block: Any, x: torch.Tensor, context: PassContext, step: int) -> torch.Tensor | None:
     """`block(x, context, step)` on `x` `[B, T, D]`; None where the kernels can't: see `suits`, and a pass with a cache that
-    nobody watches, whose rows are all there."""
+    nobody watches."""
     cache = context.cache
-    plain = context.subset is None and context.attend is None and not context.watchers
+    plain = context.attend is None and not context.watchers
     if not plain or type(cache) is not RecurrentDepthCache or not suits(x):
         return None
     layer = _bound(block, _layer)
@@ -308,12 +314,12 @@ def run_block(block: Any, x: torch.Tensor, context: PassContext, step: int) -> t
         shared = context.calls[attention.layer_type] = _call(x, context, attention.layer_type, layer.rope == 2)
         if shared is None:
             return None
-    call, (_, _, _, layer.rotated) = shared
+    call, layer.rotated, _ = shared
     x = x.contiguous()
-    stored = cache.open_layer(attention.layer_idx, step, x, layer.kv_heads, layer.head_dim)
-    if stored is None:
+    opened = cache.open_layer(attention.layer_idx, step, x, layer.kv_heads, layer.head_dim, context.subset)
+    if opened is None:
         return None
-    keys, values = stored
+    keys, values = opened
     out = torch.empty_like(x)
     call.x, call.out, call.keys, call.values = x.data_ptr(), out.data_ptr(), keys.data_ptr(), values.data_ptr()
     call.row_stride, call.head_stride = keys.stride(0), keys.stride(1)
