@@ -28,7 +28,12 @@ FLAGS = {
     for name, command in COMMANDS.items()
 }
 SCRIPTS = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").glob("*.py")]
-FOLDERS = {folder.name for root in (ROOT, PACKAGE) for folder in root.iterdir() if folder.is_dir()} - {".venv"}
+FOLDERS = {folder.name for root in (ROOT, PACKAGE) for folder in root.iterdir() if folder.is_dir()} - {
+    ".venv",
+    "build",
+    "demo",
+    "runs",
+}  # made here, not ours
 SUFFIXES = (".py", ".md", ".yaml", ".json")  # .txt, .jsonl and .parquet are a reader's own data
 OTHERS_FLAGS = {"--model_args", "--no-deps"}  # of lm-eval and pip
 
