@@ -26,6 +26,7 @@ from pages import replace_table
 from rich.console import Console
 from rich.progress import track
 from torch.nn import functional as F
+from turns import products
 
 from redepth import RecurrentDepthCache, RecurrentDepthForCausalLM, load
 from redepth.checkpoint.load import load_tokenizer
@@ -83,25 +84,6 @@ def picked_by_the_deepest(model: RecurrentDepthForCausalLM, ids: torch.Tensor, m
     return (logits.argmax(-1) == ids[:, start:]).float().mean().item()
 
 
-def products_alone(model: RecurrentDepthForCausalLM, tokens: int, num_steps: int) -> Callable[[], None]:
-    """The matrix products with weights of a pass over so many tokens, and nothing else."""
-    parts = model.transformer
-
-    def weights(layers: Any) -> list[torch.Tensor]:
-        return [m.weight for m in layers.modules() if isinstance(m, torch.nn.Linear)]
-
-    core = [parts["adapter"].weight, *weights(parts["core_block"])]
-    used = weights(parts["prelude"]) + num_steps * core + weights(parts["coda"]) + [model.lm_head.weight]
-    inputs = {weight.shape[1]: torch.randn(tokens, weight.shape[1], dtype=weight.dtype) for weight in used}
-
-    @torch.no_grad()
-    def run() -> None:
-        for weight in used:
-            F.linear(inputs[weight.shape[1]], weight)
-
-    return run
-
-
 def seconds(run: Callable[[], Any]) -> float:
     started = time.perf_counter()
     run()
@@ -129,8 +111,8 @@ def measure(
     floors = {}
     for r in FIXED:
         for rows, batch in batches.items():
-            prompt = products_alone(model, batch["input_ids"].numel(), r)
-            one_more = products_alone(model, rows, r)
+            prompt = products(model, batch["input_ids"].numel(), r, batch["input_ids"].numel())
+            one_more = products(model, rows, r, rows)
             floors[f"r = {r}", rows] = min(seconds(prompt) for _ in range(3)) + (tokens - 1) * min(
                 seconds(one_more) for _ in range(5)
             )

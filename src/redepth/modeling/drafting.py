@@ -71,14 +71,16 @@ def fastest(
 
 
 class NarrowLinear(nn.Module):
-    """A linear layer by its `fastest` products: `[…, K]` → `[…, N]`."""
+    """A linear layer by its `fastest` products, or by given ones: `[…, K]` → `[…, N]`."""
 
-    def __init__(self, linear: nn.Linear, rounds_activations: bool) -> None:
+    def __init__(self, linear: nn.Linear, rounds_activations: bool, products: Product | None = None) -> None:
         super().__init__()
-        weight = linear.weight.detach()
         self.bias = linear.bias
-        make = fastest(*weight.shape, weight.dtype, rounds_activations, torch.get_num_threads())
-        self.product = make(weight)
+        if products is None:
+            weight = linear.weight.detach()
+            make = fastest(*weight.shape, weight.dtype, rounds_activations, torch.get_num_threads())
+            products = make(weight)
+        self.product = products
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.product(x.reshape(-1, x.shape[-1])).unflatten(0, x.shape[:-1])
@@ -89,10 +91,9 @@ class NarrowHead(NarrowLinear):
     """A head by its `fastest` products; the logits of a few likely tokens come from its own weights."""
 
     def __init__(self, head: nn.Linear, by_kernels: bool) -> None:
-        super().__init__(head, rounds_activations=True)
+        products = partial(product, in_8_bits(head)) if by_kernels else None
+        super().__init__(head, rounds_activations=True, products=products)
         self.weight = head.weight
-        if by_kernels:
-            self.product = partial(product, in_8_bits(head))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[…, K]` → `[…, V]`."""

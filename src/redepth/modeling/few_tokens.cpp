@@ -14,6 +14,9 @@
 
 namespace {
 
+constexpr int KEYS_AT_ONCE = 256;
+constexpr float NEVER = -1e30f;  // the score of a key that is not seen
+
 struct Share {
     int64_t from, to;
     // This thread's part of n things, in whole vectors.

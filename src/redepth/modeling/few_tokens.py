@@ -1,7 +1,7 @@
 """Few new tokens on a processor, each block in one call of the kernels in `few_tokens.cpp`.
 
-torch's products of few tokens with a matrix read memory at a third of what it gives, and the small operations between
-them cost as much again. The kernels are compiled once a machine, in some seconds, and kept beside other caches.
+torch's products of few tokens with a matrix read memory at a third of what it gives, and many small operations lie between
+them. The kernels are compiled once a machine, in some seconds, and kept beside other caches.
 
 Shapes: B batch, T new tokens, M = B · T, S stored and new tokens, D width, K inputs, N outputs.
 """
@@ -29,7 +29,7 @@ from .quantized_linear import ACTIVATION_LEVELS, HalfHead, QuantizedLinear
 logger = logging.get_logger(__name__)
 
 SOURCES = [Path(__file__).with_name(name) for name in ("few_tokens.cpp", "few_tokens_products.h")]
-# So many tokens at most; beyond, torch's products are as fast.
+# So many tokens at most: what was measured. Longer passes are prompts, which are bound by arithmetic.
 MOST_TOKENS = 64
 MOST_QUANTIZED = 32  # with weights in 8 or 4 bits, whose products torch has good kernels for
 GROUPS_OF = 16  # a vector of 4-bit weights lies in one group

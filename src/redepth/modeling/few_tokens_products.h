@@ -28,9 +28,6 @@ constexpr int LANES = 4;
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
 
-constexpr int KEYS_AT_ONCE = 256;
-constexpr float NEVER = -1e30f;  // the score of a key that is not seen
-
 inline Vec load(const float* from) {
     Vec v;
     std::memcpy(&v, from, sizeof v);
